@@ -1,0 +1,92 @@
+"""The one interface of every engine. Implementations live beside this file; `service.Service` is the only caller.
+
+An engine owns its thread (or loop, or process). The service hands it requests from other threads, and the engine calls the
+service back after each step, from its own thread, with all that the step produced. It knows nothing of Triton, Redis,
+sessions or routers.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from kvstore.cards import KvOp
+from kvstore.wire import ErrorCode, Load, Output, SamplingParams, WireError
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True):
+    """Facts that do not change while the engine lives."""
+
+    name: str
+    """`torch`, `mock`, `vllm`, …"""
+    version: str
+    model: str
+    block_size: int
+    kv_blocks: int
+    max_context: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class EngineRequest(Struct, frozen=True, kw_only=True):
+    """One sequence to generate."""
+
+    key: int
+    """The service's name for the request: `Output.rid` of its outputs, argument of `cancel`."""
+    token_ids: bytes
+    """The prompt: little-endian uint32, shape [tokens], not empty."""
+    sampling: SamplingParams
+    lora: str = ""
+    cache_salt: str = ""
+    priority: int = 0
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+class StepResult(Struct, frozen=True, kw_only=True):
+    """What one engine step produced."""
+
+    outputs: list[Output]
+    ops: list[KvOp]
+    """Blocks stored and removed, in the order in which it happened."""
+    load: Load
+    prefill_tokens: int = 0
+    """Prompt tokens computed in this step (cached ones do not count)."""
+    decode_tokens: int = 0
+    step_s: float = 0.0
+
+
+class RequestError(Exception):
+    """A request that this engine does not take. `code` is one of the wire's error codes."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code: ErrorCode = code
+        self.message = message
+
+    def to_wire(self) -> WireError:
+        return WireError(self.code, self.message)
+
+
+class EngineError(Exception):
+    """An engine that cannot start: wrong model folder, option or package. The message is one line that says what to do."""
+
+
+class Engine(Protocol):
+    """See the module's docstring. All methods may be called from any thread; none of them blocks on a step."""
+
+    info: EngineInfo
+
+    def start(self, on_step: Callable[[StepResult], None], on_death: Callable[[str], None]) -> None:
+        """Begin to step. `on_step` and `on_death` (reason; after it nothing more is called) run on the engine's thread."""
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises `RequestError` at once for what can never be served."""
+
+    def cancel(self, key: int) -> None:
+        """End a request within a step: its last output says `cancelled`, its blocks are free. Unknown keys are ignored."""
+
+    def load(self) -> Load:
+        """The load after the last step, with what was queued since."""
+
+    def close(self) -> None:
+        """Stop stepping, end what is in flight with `cancelled`, free all memory. Joins the thread; may be called twice."""

@@ -1,0 +1,83 @@
+"""What is stored of an instance in the registry, and of its KV blocks in the event stream (design contracts 2 and 3)."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+Role = Literal["agg", "prefill", "decode"]
+Tier = Literal["device", "host", "disk", "remote"]
+TIERS: tuple[Tier, ...] = ("device", "host", "disk", "remote")
+"""Best first."""
+
+
+class InstanceCard(Struct, frozen=True, kw_only=True):
+    """One engine on one Triton server, as routers see it."""
+
+    instance: str
+    """16 hex digits, drawn at the start of the process."""
+    namespace: str = "default"
+    component: str = "worker"
+    endpoint: str = "generate"
+    model: str
+    role: Role = "agg"
+    host: Literal["pytriton", "triton"] = "pytriton"
+    grpc_address: str
+    """host:port of the Triton server."""
+    http_address: str = ""
+    metrics_url: str = ""
+    engine: str
+    engine_version: str = ""
+    block_size: int
+    """Tokens in a KV block."""
+    kv_blocks: int
+    max_context: int
+    """Most tokens, prompt and output together."""
+    model_files: str
+    """Content hash under which tokenizer, chat template and configs are stored (`Registry.get_blob`)."""
+    epoch: int
+    """Grows at each start of the engine; milliseconds since 1970."""
+    nixl: str | None = None
+    pid: int = 0
+    started_s: float = 0.0
+    """Seconds since 1970."""
+
+
+class Stored(Struct, frozen=True, tag="s", array_like=True):
+    """Blocks became resident: `hashes` follow each other in a sequence, the first follows `parent` (None: it begins one)."""
+
+    parent: int | None
+    hashes: list[int]
+    tier: Tier = "device"
+
+
+class Removed(Struct, frozen=True, tag="r", array_like=True):
+    """Blocks left one tier."""
+
+    hashes: list[int]
+    tier: Tier = "device"
+
+
+class Cleared(Struct, frozen=True, tag="c", array_like=True):
+    """The instance holds no block in any tier any more."""
+
+
+KvOp = Stored | Removed | Cleared
+
+
+class Digest(Struct, frozen=True, array_like=True):
+    """Count and xor of the resident hashes, a block counted once for each tier that holds it."""
+
+    count: int = 0
+    xor: int = 0
+
+
+class EventBatch(Struct, frozen=True, array_like=True):
+    """One entry of the stream. Without ops it is a heartbeat: `seq` repeats the last batch's and `digest` is set."""
+
+    instance: str
+    epoch: int
+    seq: int
+    """Dense from 1 within an epoch."""
+    ops: list[KvOp] = []
+    digest: Digest | None = None
+    """Resident blocks after `seq`."""
