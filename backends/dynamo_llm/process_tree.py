@@ -1,0 +1,124 @@
+"""Finds and ends all processes that a child left behind, with their shared memory. Linux, standard library only.
+
+A Triton server outlives the process that started it: killed with -9, a worker leaves its tritonserver, stubs and
+helpers running, on their ports, with their regions in /dev/shm. Process groups do not hold them all (a helper may open
+a session of its own), but an environment variable is inherited by every one: the *mark*. The supervisor gives each
+child one.
+
+Run as a script this file is the supervisor's *guard*: a small process that waits for the supervisor's end of a pipe to
+close and then removes what the supervisor no longer can, because it was itself killed with -9.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+MARK_VARIABLE = "DYNAMO_LLM_PROCESS"
+"""Holds `RUN/CHILD/START`; a mark is a whole value or a prefix of it that ends in a slash."""
+_SHM = "/dev/shm/"
+_ALL_WELL = b"done"
+_KILL_ROUNDS = 50
+
+
+def members(mark: str) -> list[int]:
+    """Pids of the living processes (zombies are not) that carry `mark`, this one excepted."""
+    needle = f"\0{MARK_VARIABLE}={mark}".encode()
+    found = []
+    for pid in _pids():
+        try:
+            environ = b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:  # gone in the meantime, or another user's
+            continue
+        at = environ.find(needle)
+        if at >= 0 and (mark.endswith("/") or environ[at + len(needle) : at + len(needle) + 1] in (b"\0", b"")):
+            found.append(pid)
+    return found
+
+
+def shm_regions(pids: Iterable[int]) -> set[str]:
+    """Paths in /dev/shm that these processes map. Processes that are gone are passed over."""
+    regions: set[str] = set()
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+        except OSError:
+            continue
+        regions.update(line[line.index(_SHM) :] for line in lines if _SHM in line and not line.endswith("(deleted)"))
+    return regions
+
+
+def reap(mark: str, regions: Iterable[str] = (), grace_s: float = 0.0) -> list[int]:
+    """Kill all processes that carry `mark` and unlink their shared memory; returns the pids that were killed.
+
+    They have `grace_s` to end by themselves first. `regions` are further paths in /dev/shm that belonged to them. What
+    any other process maps stays: a client's region that was registered with a Triton server is the client's. Blocks.
+    """
+    deadline_s = time.monotonic() + grace_s
+    while time.monotonic() < deadline_s and members(mark):
+        time.sleep(0.05)
+    killed: set[int] = set()
+    owned = set(regions)
+    for _ in range(_KILL_ROUNDS):  # until nobody is left, as one may fork while we look
+        pids = members(mark)
+        if not pids:
+            break
+        owned |= shm_regions(pids)
+        killed.update(pids)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    owned = {path for path in owned if os.path.exists(path)}
+    if owned:
+        for path in owned - shm_regions(_pids()):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    return sorted(killed)
+
+
+def _pids() -> list[int]:
+    me = os.getpid()
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != me]
+
+
+class Guard:
+    """The supervisor's hold on its guard process: `release()` at an orderly end, nothing at a sudden one."""
+
+    def __init__(self, mark: str, scratch: str) -> None:
+        """`mark`: whom to kill; `scratch`: a folder to delete. The guard must not carry the mark itself."""
+        environment = {name: value for name, value in os.environ.items() if name != MARK_VARIABLE}
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, mark, scratch],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a signal to the supervisor's group does not reach it
+            env=environment,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def release(self) -> None:
+        """Tell the guard that there is nothing left to do, and wait for it to go."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate(_ALL_WELL, timeout=10)
+
+
+def _stand_guard(mark: str, scratch: str) -> None:
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
+    if sys.stdin.buffer.read() != _ALL_WELL:
+        reap(mark)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    _stand_guard(sys.argv[1], sys.argv[2])

@@ -1,0 +1,303 @@
+"""Keeps child processes running: starts them, names the one that dies, restarts it with back-off, leaves nothing over.
+
+`cli/up.py` is the caller. What to do when is `lifecycle.Lifecycle`'s to say; `Child` does the I/O of one process;
+`Supervisor` owns the children and their tasks. A child says that it is ready by a line on its stdout that begins with
+`ready`.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Literal
+
+from dynamo_llm import process_tree
+from dynamo_llm.lifecycle import Lifecycle, RestartPolicy
+
+LineHandler = Callable[[str], None]
+
+READY = "ready"
+_MAX_LINE = 8192
+_LEFTOVER_GRACE_S = 1.0
+"""What a child left behind gets this long to end by itself: a resource tracker unlinks what it knows of then."""
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """What to run."""
+
+    name: str
+    """Shown before each of its lines: `worker-1`."""
+    argv: list[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """On top of the supervisor's own."""
+    start_timeout_s: float = 300.0
+    """A child that is not ready by then is killed, which counts as a failure."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to tell the user about a child."""
+
+    child: str
+    kind: Literal["starting", "ready", "died", "failed", "stopping", "stopped", "line"]
+    text: str = ""
+    pid: int = 0
+
+
+class ChildFailed(Exception):
+    """A child failed so often at its start that it was given up. The message is one line with the last reason."""
+
+
+class _Lines(asyncio.Protocol):
+    """Cuts a pipe into lines, none longer than `_MAX_LINE` bytes."""
+
+    def __init__(self, handle: LineHandler) -> None:
+        self._handle = handle
+        self._rest = b""
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        *lines, rest = (self._rest + data).split(b"\n")
+        if len(rest) > _MAX_LINE:
+            lines, rest = [*lines, rest], b""
+        self._rest = rest
+        for line in lines:
+            self._emit(line)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._rest:
+            self._emit(self._rest)
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def _emit(self, line: bytes) -> None:
+        text = line[:_MAX_LINE].decode(errors="replace").rstrip()
+        if text:
+            self._handle(text)
+
+
+class Child:
+    """One supervised process and, through its mark, everything that it started."""
+
+    def __init__(
+        self, spec: ChildSpec, run: str, scratch: str, notify: Callable[[Event], None], policy: RestartPolicy
+    ) -> None:
+        self.spec = spec
+        self.life = Lifecycle(policy)
+        self.pid = 0
+        self.ready_line = ""
+        """What it printed on stdout when it became ready last."""
+        self.reason = ""
+        """Why it ended last: `exit code 1: ModuleNotFoundError: …`."""
+        self.became_ready = asyncio.Event()
+        self._notify = notify
+        self._run = run
+        self._scratch = scratch
+        self._mark = ""
+        self._last_line = ""
+        self._shm: set[str] = set()
+        self._grace_s = _LEFTOVER_GRACE_S
+
+    async def keep(self) -> None:
+        """Run, and run again after each end, until it is stopped or given up (`ChildFailed`)."""
+        while True:
+            await self._run_once()
+            delay_s = self.life.exited(time.monotonic())
+            if self.life.state == "stopped":
+                return self._tell("stopped", self.reason)
+            if delay_s is None:
+                text = f"{self.spec.name} failed {self.life.failures} times at its start: {self.reason}"
+                self._tell("failed", text)
+                raise ChildFailed(text)
+            self._tell("died", f"{self.reason}; starts again in {delay_s:g} s")
+            self.pid = 0
+            await asyncio.sleep(delay_s)
+
+    def stop(self) -> None:
+        """Ask it to end in order (SIGTERM). Does nothing where it does not run."""
+        if self.life.state in ("starting", "ready"):
+            self.life.stopping()
+            self._tell("stopping")
+            self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once, with all that it started."""
+        self.life.stopping()
+        self._grace_s = 0.0
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def _tell(self, kind: str, text: str = "") -> None:
+        self._notify(Event(self.spec.name, kind, text, self.pid))  # type: ignore[arg-type]
+
+    async def _run_once(self) -> None:
+        """One life of the process: returns when it and all that it started are gone. Cancelling it kills them."""
+        self.life.started()
+        self._last_line, self._shm = "", set()
+        self._mark = f"{self._run}/{self.spec.name}/{self.life.starts}"
+        scratch = tempfile.mkdtemp(prefix=f"{self.spec.name}-", dir=self._scratch)
+        try:
+            await self._attend(self._spawn(scratch))
+        except OSError as error:
+            self.reason = f"cannot start {self.spec.argv[0]}: {error.strerror}"
+        finally:
+            process_tree.reap(self._mark, self._shm)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _spawn(self, scratch: str) -> "subprocess.Popen[bytes]":
+        # Not asyncio's own: some of its versions wait for the pipes too, which a dead child's leftovers hold open.
+        process = subprocess.Popen(
+            self.spec.argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C in the terminal is for the supervisor to pass on, in its order
+            env={**os.environ, "TMPDIR": scratch, **self.spec.environment, process_tree.MARK_VARIABLE: self._mark},
+        )
+        self.pid = process.pid
+        self._tell("starting")
+        return process
+
+    async def _attend(self, process: "subprocess.Popen[bytes]") -> None:
+        deadline = asyncio.get_running_loop().call_later(self.spec.start_timeout_s, self._start_timed_out)
+        async with contextlib.AsyncExitStack() as pipes:
+            await self._read(pipes, process.stdout, self._on_stdout)
+            await self._read(pipes, process.stderr, self._on_line)
+            try:
+                await _exit_of(process)
+            finally:
+                deadline.cancel()
+                process.kill()  # nothing where it has ended
+                process.wait()
+                self.became_ready.clear()
+            await asyncio.to_thread(process_tree.reap, self._mark, self._shm, self._grace_s)
+        self.reason = _describe(process.returncode, self._last_line)
+
+    async def _read(self, pipes: contextlib.AsyncExitStack, pipe: IO[bytes] | None, handle: LineHandler) -> None:
+        loop = asyncio.get_running_loop()
+        transport, protocol = await loop.connect_read_pipe(lambda: _Lines(handle), pipe)
+
+        async def close() -> None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(protocol.closed, 1.0)
+            transport.close()
+
+        pipes.push_async_callback(close)
+
+    def _on_stdout(self, line: str) -> None:
+        if line.split(" ", 1)[0] == READY and self.life.state == "starting":
+            self.life.ready(time.monotonic())
+            self.ready_line = line
+            self._shm = process_tree.shm_regions(process_tree.members(self._mark))
+            self.became_ready.set()
+            self._tell("ready", line)
+        else:
+            self._tell("line", line)
+
+    def _on_line(self, line: str) -> None:
+        self._last_line = line
+        self._tell("line", line)
+
+    def _start_timed_out(self) -> None:
+        if self.life.state == "starting":
+            self._last_line = f"not ready within {self.spec.start_timeout_s:g} s"
+            self._signal(signal.SIGKILL)
+
+
+async def _exit_of(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the process itself has ended, whoever else may still hold its pipes open."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    handle = os.pidfd_open(process.pid)
+    loop.add_reader(handle, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(handle)
+        os.close(handle)
+    process.wait()
+
+
+def _describe(returncode: int, last_line: str) -> str:
+    if returncode < 0:
+        with contextlib.suppress(ValueError):
+            return _with_line(f"killed by {signal.Signals(-returncode).name}", last_line)
+    return _with_line(f"exit code {returncode}", last_line)
+
+
+def _with_line(text: str, last_line: str) -> str:
+    return f"{text}: {last_line}" if last_line else text
+
+
+class Supervisor:
+    """Owns the children. Use it as `async with`: on the way out everything that still runs is killed."""
+
+    def __init__(self, notify: Callable[[Event], None], scratch: str, policy: RestartPolicy | None = None) -> None:
+        """`scratch`: a folder for the children's temporary files; the guard deletes it where the supervisor cannot."""
+        self._notify = notify
+        self._scratch = scratch
+        self._policy = policy or RestartPolicy()
+        self._run = uuid.uuid4().hex
+        self._children: dict[str, Child] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._guard: process_tree.Guard | None = None
+
+    async def __aenter__(self) -> "Supervisor":
+        self._guard = process_tree.Guard(f"{self._run}/", self._scratch)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.kill()
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self._guard is not None:
+            self._guard.release()
+
+    def start(self, spec: ChildSpec) -> Child:
+        """Start a child and keep it running from now on."""
+        child = Child(spec, self._run, self._scratch, self._notify, self._policy)
+        self._children[spec.name] = child
+        self._tasks[spec.name] = asyncio.create_task(child.keep(), name=spec.name)
+        return child
+
+    async def wait(self) -> None:
+        """Until all children have been stopped. Raises `ChildFailed` as soon as one is given up."""
+        ended, _ = await asyncio.wait(self._tasks.values(), return_when=asyncio.FIRST_EXCEPTION)
+        for task in ended:
+            if not task.cancelled():
+                task.result()
+
+    async def stop(self, names: list[str], timeout_s: float) -> None:
+        """End these children in order, all at the same time; kill what still runs after `timeout_s`."""
+        tasks = [self._tasks[name] for name in names]
+        for name in names:
+            child = self._children[name]
+            child.stop()
+            if child.life.state == "waiting":  # between two starts
+                self._tasks[name].cancel()
+        if not tasks:
+            return
+        _, late = await asyncio.wait(tasks, timeout=timeout_s)
+        if late:
+            for name in names:
+                self._children[name].kill()
+            await asyncio.wait(late)
+
+    def kill(self) -> None:
+        """End all children at once."""
+        for name, task in self._tasks.items():
+            if not task.done():
+                self._children[name].kill()
