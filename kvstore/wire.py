@@ -111,7 +111,13 @@ class Stats(Struct, frozen=True, tag="stats"):
     """Ask for the load (answered by `StatsReply`)."""
 
 
-Command = Submit | Cancel | Snapshot | Drain | Stats
+class Close(Struct, frozen=True, tag="close"):
+    """End the session that the batch names: what is in flight is cancelled and the last frame says `closed`.
+
+    A router that leaves sends it, because resetting the stream instead could hurt the server."""
+
+
+Command = Submit | Cancel | Snapshot | Drain | Stats | Close
 
 
 class ControlBatch(Struct, frozen=True):
@@ -230,7 +236,7 @@ class Frame(Struct, array_like=True):
     outputs: list[Output]
     load: Load
     end: str | None = None
-    """Set on the last frame: why the worker ends the session (`drained`, `replaced`, `engine_failure`)."""
+    """Set on the last frame: why the worker ends the session (`drained`, `replaced`, `closed`, `engine_failure`)."""
 
 
 encode = msgspec.msgpack.Encoder().encode
