@@ -120,11 +120,19 @@ class Close(Struct, frozen=True, tag="close"):
 Command = Submit | Cancel | Snapshot | Drain | Stats | Close
 
 
-class ControlBatch(Struct, frozen=True):
-    """One call of `M.control`."""
+SESSION_WINDOW = 256
+"""Frames that a worker sends ahead of what the router says it has read (`ControlBatch.frames_read`)."""
+
+
+class ControlBatch(Struct, frozen=True, omit_defaults=True):
+    """One call of `M.control`. It also says that the router of the session is alive: an empty one each second is enough."""
 
     session: str
     commands: list[Command]
+    frames_read: int | None = None
+    """Frames of the session that the router has read so far, the first (empty) one included. Optional; once given, the worker
+    stays at most `SESSION_WINDOW` frames ahead and merges outputs beyond, so that nothing between engine and reader grows.
+    A router that gives it sends a batch at the latest after every `SESSION_WINDOW // 4` frames."""
 
 
 class WireError(Struct, frozen=True, array_like=True):

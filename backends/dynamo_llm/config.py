@@ -1,0 +1,98 @@
+"""What a worker is told: read once, at the entry points (`dynamo-llm worker`, tests), validated here and nowhere else."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from kvstore.cards import Role
+
+MODEL_NAME_LIMIT = 48
+"""Unix sockets of the Triton host carry the model's name, and a socket's path holds 107 bytes."""
+
+_Port = Annotated[int, Meta(ge=0, le=65535)]
+_Seconds = Annotated[float, Meta(gt=0)]
+_MODEL_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+class ConfigError(ValueError):
+    """A worker cannot be started like this. The message is one line that says what to change."""
+
+
+class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One worker: one engine behind one Triton server."""
+
+    model_path: str
+    """A Hugging Face folder, or an entry of a Triton model repository (see `resolve_model`)."""
+    model_name: str = ""
+    """Name that clients use; empty: the folder's."""
+    engine: str = "torch"
+    engine_options: dict[str, Any] = {}
+    """Passed to the engine untouched."""
+    role: Role = "agg"
+    namespace: str = "default"
+    component: str = "worker"
+    endpoint: str = "generate"
+    redis_url: str = "redis://127.0.0.1:6379"
+    key_prefix: str = "dynamo"
+    host: str = "127.0.0.1"
+    """Address that Triton and the metrics server bind."""
+    advertise_host: str = ""
+    """Address that routers are told; empty: `host`, or this machine's address where `host` is 0.0.0.0."""
+    grpc_port: _Port = 0
+    http_port: _Port = 0
+    metrics_port: _Port = 0
+    """0, for each port: a free one."""
+    lease_ttl_s: _Seconds = 10.0
+    heartbeat_s: _Seconds = 1.0
+    """Between digests on the event stream."""
+    session_timeout_s: _Seconds = 5.0
+    """A router that sends no control batch for so long is gone; its requests are cancelled."""
+    drain_timeout_s: Annotated[float, Meta(ge=0)] = 30.0
+    """How long requests in flight may go on after SIGTERM before they are cancelled."""
+    max_inflight: Annotated[int, Meta(ge=1)] = 1024
+    """Requests admitted at once, waiting and running; more are refused with `overloaded`."""
+    max_payload_bytes: Annotated[int, Meta(ge=1024)] = 32 << 20
+    """Largest control batch."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "WorkerConfig":
+        """Raises `ConfigError` for a wrong value, and for an unknown key with the nearest known one."""
+        for key in values:
+            if key not in cls.__struct_fields__:
+                near = difflib.get_close_matches(key, cls.__struct_fields__, n=1)
+                raise ConfigError(f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        try:
+            return msgspec.convert(dict(values), cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"worker options: {error}") from None
+
+
+def resolve_model(path: str, name: str = "") -> tuple[Path, str]:
+    """The Hugging Face folder behind `path`, and the model's name.
+
+    `path` is such a folder (it holds `config.json`) or an entry of a Triton model repository (`DIR/1/model/config.json`; the
+    highest version counts). Raises `ConfigError`.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"model folder {path!r} does not exist")
+    folder = root if (root / "config.json").is_file() else _repository_model(root)
+    if folder is None:
+        raise ConfigError(f"{path!r} is no model: it holds neither config.json nor 1/model/config.json")
+    name = name or root.resolve().name
+    if not _MODEL_NAME.fullmatch(name) or len(name) > MODEL_NAME_LIMIT:
+        raise ConfigError(
+            f"model name {name!r} cannot be served: use at most {MODEL_NAME_LIMIT} letters, digits, '.', '_' and '-'"
+        )
+    return folder, name
+
+
+def _repository_model(root: Path) -> Path | None:
+    versions = sorted((int(entry.name) for entry in root.iterdir() if entry.name.isdecimal()), reverse=True)
+    folders = (root / str(version) / "model" for version in versions)
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
