@@ -266,6 +266,10 @@ class Supervisor:
         if self._guard is not None:
             self._guard.release()
 
+    @property
+    def guard_pid(self) -> int:
+        return self._guard.pid if self._guard else 0
+
     def start(self, spec: ChildSpec) -> Child:
         """Start a child and keep it running from now on."""
         child = Child(spec, self._run, self._scratch, self._notify, self._policy)
