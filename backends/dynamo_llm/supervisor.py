@@ -8,6 +8,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,8 @@ from dynamo_llm.lifecycle import Lifecycle, RestartPolicy
 LineHandler = Callable[[str], None]
 
 READY = "ready"
+# Triton's `I1122 13:37:00.1 …` and its verbose lines, and what Python's logging writes with the level's name in it.
+_CHATTER = re.compile(r"^[IV]\d{4} |^(INFO|DEBUG)\b|[\s\[-](INFO|DEBUG)[\s:\]-]")
 _MAX_LINE = 8192
 _LEFTOVER_GRACE_S = 1.0
 """What a child left behind gets this long to end by itself: a resource tracker unlinks what it knows of then."""
@@ -47,7 +50,8 @@ class Event:
     """Something to tell the user about a child."""
 
     child: str
-    kind: Literal["starting", "ready", "died", "failed", "stopping", "stopped", "line"]
+    kind: Literal["starting", "ready", "died", "failed", "stopping", "stopped", "line", "chatter"]
+    """`line` and `chatter` are what it wrote; a line that its logger marks as information is chatter."""
     text: str = ""
     pid: int = 0
 
@@ -204,11 +208,14 @@ class Child:
             self.became_ready.set()
             self._tell("ready", line)
         else:
-            self._tell("line", line)
+            self._tell("chatter", line)
 
     def _on_line(self, line: str) -> None:
-        self._last_line = line
-        self._tell("line", line)
+        if _CHATTER.search(line):
+            self._tell("chatter", line)
+        else:
+            self._last_line = line
+            self._tell("line", line)
 
     def _start_timed_out(self) -> None:
         if self.life.state == "starting":

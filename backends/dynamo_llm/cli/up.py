@@ -1,0 +1,282 @@
+"""`dynamo-llm up`: a whole cluster on one machine, under one supervisor, until a signal ends it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+from dynamo_llm.cli import checks
+from dynamo_llm.cli.errors import CommandError, StartError
+from dynamo_llm.cli.progress import Progress
+from dynamo_llm.cli.router_api import fetch_status
+from dynamo_llm.config import ConfigError, resolve_model
+from dynamo_llm.supervisor import Child, ChildFailed, ChildSpec, Supervisor
+from kvstore.embedded import EmbeddedRedis
+from kvstore.errors import StoreError
+
+EPILOG = """[bold]Examples[/bold]
+
+  dynamo-llm up --model model_repository/demo --workers 2
+
+  dynamo-llm up --model DIR --mode agg    [dim]round robin, not KV-aware[/dim]
+
+  dynamo-llm up --model DIR --redis redis://HOST:6379 --http-port 9000
+
+[bold]Output[/bold]
+
+  [bold]ready http://HOST:PORT[/bold] on stdout once a request can be served.
+
+  Everything else goes to stderr, each line of a part after its name.
+
+[bold]End[/bold]
+
+  Ctrl-C or SIGTERM: requests in flight finish, exit code 0. A second one stops at once.
+
+  Exit code 2: it could not start as it was told to; 1: a part failed for good.
+"""
+
+_POLICIES = {"agg": "round-robin", "agg-router": "kv"}
+_THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+_EXIT_MARGIN_S = 15.0
+"""Beyond its drain, a child has so long to close what it holds."""
+
+
+class Mode(str, Enum):
+    """Deployment modes (design: four modes, one flag; disaggregation is still to come)."""
+
+    agg = "agg"
+    agg_router = "agg-router"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run, checked."""
+
+    model_path: str
+    model_name: str
+    engine: str
+    engine_options: dict[str, Any]
+    mode: str
+    workers: int
+    host: str
+    http_port: int
+    grpc_port: int
+    redis_url: str
+    namespace: str
+    drain_timeout_s: float
+    start_timeout_s: float
+
+    def router(self) -> ChildSpec:
+        argv = ["router", "--host", self.host, "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
+        argv += ["--policy", _POLICIES[self.mode], "--drain-timeout", f"{self.drain_timeout_s:g}"]
+        return self._child("router", argv, {})
+
+    def worker(self, number: int) -> ChildSpec:
+        argv = ["worker", "--model", self.model_path, "--name", self.model_name, "--engine", self.engine]
+        for key, value in self.engine_options.items():
+            argv += ["--engine-option", f"{key}={json.dumps(value)}"]
+        argv += ["--drain-timeout", f"{self.drain_timeout_s:g}"]
+        return self._child(f"worker-{number}", argv, self._threads())
+
+    def _child(self, name: str, argv: list[str], environment: dict[str, str]) -> ChildSpec:
+        return ChildSpec(
+            name,
+            [sys.executable, "-m", "dynamo_llm", *argv, "--namespace", self.namespace],
+            # By the environment: a command line is for everybody on the machine to read, and a URL may hold a password.
+            {"DYNAMO_LLM_REDIS": self.redis_url, **environment},
+            self.start_timeout_s,
+        )
+
+    def _threads(self) -> dict[str, str]:
+        """A share of the cores for each worker: more threads than cores slow all of them down."""
+        share = max(1, len(os.sched_getaffinity(0)) // self.workers)
+        return {name: str(share) for name in _THREADS if name not in os.environ}
+
+
+def up(
+    model: Annotated[
+        str,
+        typer.Option(help="Folder of a Hugging Face model, or entry of a Triton model repository.", metavar="DIR"),
+    ],
+    name: Annotated[str, typer.Option(help="Name that clients use.", show_default="the folder's")] = "",
+    engine: Annotated[str, typer.Option(help="Engine that runs the model.")] = "torch",
+    engine_option: Annotated[
+        list[str] | None,
+        typer.Option(help="Option of the engine, its value in JSON; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Workers to run.", rich_help_panel="Cluster")] = 1,
+    mode: Annotated[
+        Mode, typer.Option(help="Round robin, or where the prefix is cached.", rich_help_panel="Cluster")
+    ] = Mode.agg_router,
+    redis: Annotated[
+        str,
+        typer.Option(
+            help="redis://, rediss:// or unix:// URL.",
+            metavar="URL",
+            envvar="DYNAMO_LLM_REDIS",
+            show_default="an embedded one",
+            rich_help_panel="Cluster",
+        ),
+    ] = "",
+    namespace: Annotated[
+        str, typer.Option(help="Keeps clusters on one Redis apart.", rich_help_panel="Cluster")
+    ] = "default",
+    host: Annotated[
+        str, typer.Option(help="Address that the router binds.", rich_help_panel="Addresses")
+    ] = "127.0.0.1",
+    http_port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="OpenAI and KServe HTTP; 0: any free one.", rich_help_panel="Addresses"),
+    ] = 8000,
+    grpc_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="KServe gRPC; 0: any free one.", rich_help_panel="Addresses")
+    ] = 8001,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds that requests in flight have after a signal.", rich_help_panel="Operation"),
+    ] = 30.0,
+    start_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that a part has to become ready.", rich_help_panel="Operation")
+    ] = 300.0,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Show what the parts log as information too.", rich_help_panel="Operation"
+        ),
+    ] = False,
+) -> None:
+    """Run Redis, workers and a router on this machine.
+
+    A part that dies is named and started again, with growing pauses.
+    """
+    options = checks.parse_engine_options(engine_option or [])
+    try:
+        folder, name = resolve_model(model, name)
+    except ConfigError as error:
+        raise StartError(str(error)) from None
+    checks.check_packages(engine)
+    checks.check_ports(host, {"--http-port": http_port, "--grpc-port": grpc_port})
+    plan = Plan(
+        str(folder), name, engine, options, mode.value, workers, host, http_port, grpc_port, redis, namespace,
+        drain_timeout, start_timeout,
+    )  # fmt: skip
+    try:
+        code = asyncio.run(_run(plan, Progress(verbose=verbose)))
+    except ChildFailed as error:
+        raise CommandError(str(error)) from None
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder for all temporary files of the cluster, those of the embedded Redis included."""
+    with tempfile.TemporaryDirectory(prefix="dynamo-llm-", ignore_cleanup_errors=True) as folder:
+        before, tempfile.tempdir = tempfile.tempdir, folder
+        try:
+            yield folder
+        finally:
+            tempfile.tempdir = before
+
+
+@contextlib.asynccontextmanager
+async def _redis(url: str) -> AsyncIterator[str]:
+    """The URL of a Redis that answers: the user's, or an embedded one's."""
+    if url:
+        await checks.check_redis(url)
+        yield url
+        return
+    try:
+        server = EmbeddedRedis()
+        server.start()  # on the main thread, to whose life the kernel ties it; takes some 20 ms
+    except StoreError as error:
+        raise StartError(str(error)) from None
+    with server:
+        yield server.url
+
+
+class _Signals:
+    """The first signal asks for an orderly end, the second one for an end at once."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.forced_by = 0
+        self._kill: Callable[[], object] = lambda: None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+
+    def on_second(self, kill: Callable[[], object]) -> None:
+        self._kill = kill
+
+    def _on_signal(self, number: int) -> None:
+        if self.stop.is_set():
+            self.forced_by = number
+            self._kill()
+        self.stop.set()
+
+
+async def _run(plan: Plan, progress: Progress) -> int:
+    """The exit code: 0 after an orderly end, 128 and the signal after a forced one. Raises `ChildFailed`."""
+    signals = _Signals()  # before anything is there that a signal could leave behind
+    with _scratch() as scratch, progress:
+        async with _redis(plan.redis_url) as url, Supervisor(progress.notify, scratch) as supervisor:
+            signals.on_second(supervisor.kill)
+            await _supervise(replace(plan, redis_url=url), supervisor, signals, progress)
+    return 128 + signals.forced_by if signals.forced_by else 0
+
+
+async def _supervise(plan: Plan, supervisor: Supervisor, signals: _Signals, progress: Progress) -> None:
+    router = supervisor.start(plan.router())
+    workers = [supervisor.start(plan.worker(number)) for number in range(1, plan.workers + 1)]
+    stop_timeout_s = plan.drain_timeout_s + _EXIT_MARGIN_S
+    if await _unless_stopped(_until_served(router, workers), signals, supervisor):
+        url = router.ready_line.split()[1]
+        progress.quiet()
+        progress.say(f"[green]serving {plan.model_name}[/] at {url}")
+        print(f"ready {url}", flush=True)
+        await _unless_stopped(asyncio.Event().wait(), signals, supervisor)
+        progress.say("[yellow]draining[/]: requests in flight finish; a second signal stops at once")
+        await supervisor.stop(["router"], stop_timeout_s)
+    await supervisor.stop([child.spec.name for child in (router, *workers)], stop_timeout_s)
+    progress.say("stopped")
+
+
+async def _unless_stopped(work: Awaitable[Any], signals: _Signals, supervisor: Supervisor) -> bool:
+    """True when `work` came to its end, False when a signal came first. Raises `ChildFailed`."""
+    tasks = [asyncio.ensure_future(work), *map(asyncio.create_task, (signals.stop.wait(), supervisor.wait()))]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
+        return tasks[0].done() and not signals.stop.is_set()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _until_served(router: Child, workers: list[Child]) -> None:
+    """Until the router is connected to every worker, so that the first request is as good as any later one."""
+    while True:
+        for child in (router, *workers):
+            await child.became_ready.wait()
+        wanted = {_field(worker.ready_line, "instance") for worker in workers}
+        with contextlib.suppress(CommandError):
+            status = await asyncio.to_thread(fetch_status, router.ready_line.split()[1])
+            if wanted <= {i["instance"] for i in status["instances"] if i.get("connected", True)}:
+                return
+        await asyncio.sleep(0.1)
+
+
+def _field(ready_line: str, name: str) -> str:
+    """`instance` of `ready demo grpc=… instance=…`."""
+    return dict(word.split("=", 1) for word in ready_line.split() if "=" in word).get(name, "")
