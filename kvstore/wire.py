@@ -125,14 +125,14 @@ SESSION_WINDOW = 256
 
 
 class ControlBatch(Struct, frozen=True, omit_defaults=True):
-    """One call of `M.control`. It also says that the router of the session is alive: an empty one each second is enough."""
+    """One call of `M.control`. It also says that the session's router is alive: an empty one each second is enough."""
 
     session: str
     commands: list[Command]
     frames_read: int | None = None
-    """Frames of the session that the router has read so far, the first (empty) one included. Optional; once given, the worker
-    stays at most `SESSION_WINDOW` frames ahead and merges outputs beyond, so that nothing between engine and reader grows.
-    A router that gives it sends a batch at the latest after every `SESSION_WINDOW // 4` frames."""
+    """Frames of the session that the router has read so far, the first (empty) one included. Optional; once given, the
+    worker stays at most `SESSION_WINDOW` frames ahead and merges outputs beyond, so that nothing between engine and reader
+    grows. A router that gives it sends a batch at the latest after every `SESSION_WINDOW // 4` frames."""
 
 
 class WireError(Struct, frozen=True, array_like=True):
@@ -244,7 +244,7 @@ class Frame(Struct, array_like=True):
     outputs: list[Output]
     load: Load
     end: str | None = None
-    """Set on the last frame: why the worker ends the session (`drained`, `replaced`, `closed`, `engine_failure`)."""
+    """Set on the last frame: why the worker ends the session (`drained`, `replaced`, `closed`, `expired`, `engine_failure`)."""
 
 
 encode = msgspec.msgpack.Encoder().encode

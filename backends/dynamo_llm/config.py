@@ -1,4 +1,4 @@
-"""What a worker is told: read once, at the entry points (`dynamo-llm worker`, tests), validated here and nowhere else."""
+"""What a worker is told: read once, at the entry points, and validated here and nowhere else."""
 
 import difflib
 import re
@@ -75,8 +75,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 def resolve_model(path: str, name: str = "") -> tuple[Path, str]:
     """The Hugging Face folder behind `path`, and the model's name.
 
-    `path` is such a folder (it holds `config.json`) or an entry of a Triton model repository (`DIR/1/model/config.json`; the
-    highest version counts). Raises `ConfigError`.
+    `path` is such a folder (it holds `config.json`) or an entry of a Triton model repository:
+    `DIR/1/model/config.json`, where the highest version counts. Raises `ConfigError`.
     """
     root = Path(path).expanduser()
     if not root.is_dir():

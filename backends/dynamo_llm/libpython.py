@@ -1,8 +1,8 @@
-"""Finds the shared library of the running interpreter for Triton's python stubs. A host calls `prepend_to_library_path`.
+"""Finds the running interpreter's shared library for Triton's python stubs. A host calls `prepend_to_library_path`.
 
 A stub is linked against `libpython3.X.so.1.0` and takes the one that the loader finds first. On a machine with a
-distribution's Python beside the interpreter's own that is the wrong one, and the stub dies with the standard library of the
-one on the code of the other.
+distribution's Python beside the interpreter's own that is the wrong one, and the stub dies with the standard library of
+the one on the code of the other.
 """
 
 import os
