@@ -1,0 +1,239 @@
+"""One sequence while it is generated: the sink of its worker's outputs, and all that it has got so far.
+
+`generation.Generation` makes one per request and binds it to one worker after the other. `on_output` runs once per
+frame and request: it is the hot path of the router.
+"""
+
+import asyncio
+import time
+from array import array
+from collections.abc import Callable
+
+import msgspec
+
+from kvstore import wire
+from router.errors import DeadlineExceeded, RouterError
+from router.metrics import ModelMetrics
+from router.models import Model
+from router.types import Delta, GenerationRequest, Placed, Result
+from router.worker_client import WorkerConnection
+
+clock = time.perf_counter
+
+
+class Retry(Exception):
+    """An attempt failed in a way that another worker may repair."""
+
+    def __init__(self, error: wire.WireError, lost: bool) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.lost = lost
+        """The worker (or its session) is gone; else it refused."""
+
+
+class Sequence:
+    """See the module's docstring. Implements `worker_client.Sink`."""
+
+    __slots__ = (
+        "_first_at",
+        "_last_at",
+        "_logprobs",
+        "_metrics",
+        "_on_delta",
+        "_prefilled",
+        "_prompt_logprobs",
+        "_queue_ms",
+        "_rid",
+        "_started_at",
+        "_stop_reason",
+        "_stream",
+        "_text",
+        "_worker",
+        "cached_tokens",
+        "ended",
+        "expired",
+        "finish_reason",
+        "placed",
+        "request",
+        "token_ids",
+    )
+
+    def __init__(
+        self, request: GenerationRequest, model: Model, metrics: ModelMetrics, on_delta: Callable[[Delta], None] | None
+    ) -> None:
+        self.request = request
+        self.token_ids: list[int] = []
+        self.finish_reason: wire.FinishReason | None = None
+        self.placed: Placed | None = None
+        self.cached_tokens: int | None = None
+        self.expired = False
+        self.ended: asyncio.Future[None] | None = None
+        """Of the present attempt: a result when the sequence is complete, `Retry` or `RouterError` when it failed."""
+        self._on_delta = on_delta
+        self._metrics = metrics
+        self._stream = model.tokenizer.stream(request.skip_special_tokens, request.stop, request.include_stop)
+        self._text: list[str] = []
+        self._logprobs: list[wire.TokenLogprob] | None = None
+        self._prompt_logprobs: list[wire.TokenLogprob | None] | None = None
+        self._stop_reason: str | int | None = None
+        self._queue_ms = 0.0
+        self._started_at = clock()
+        self._first_at = 0.0
+        self._last_at = 0.0
+        self._worker: WorkerConnection | None = None
+        self._rid = 0
+        self._prefilled = False
+
+    # --- attempts ---
+
+    def begin(self, rid: int, worker: WorkerConnection) -> wire.Submit:
+        """Bind to a worker: what is submitted is the prompt and whatever was generated before."""
+        self._rid, self._worker, self._prefilled = rid, worker, False
+        self.ended = asyncio.get_running_loop().create_future()
+        request, done = self.request, len(self.token_ids)
+        sampling, token_ids = request.sampling, request.token_ids
+        if done:
+            token_ids = token_ids + array("I", self.token_ids).tobytes()
+            sampling = msgspec.structs.replace(
+                sampling,
+                max_tokens=None if sampling.max_tokens is None else max(sampling.max_tokens - done, 1),
+                min_tokens=max(sampling.min_tokens - done, 0),
+                prompt_logprobs=None if self.cached_tokens is not None else sampling.prompt_logprobs,
+            )
+        return wire.Submit(
+            rid=rid,
+            token_ids=token_ids,
+            sampling=sampling,
+            request_id=request.request_id,
+            lora=request.lora,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+            trace=request.trace,
+        )
+
+    def leave(self) -> None:
+        """Leave the worker; what it still does for this sequence is cancelled."""
+        if self._worker is not None:
+            self._worker.release(self._rid)
+            self._worker.load.remove(self._rid)
+            self._worker = None
+
+    def expire(self) -> None:
+        """The deadline passed."""
+        self.expired = True
+        self._fail(DeadlineExceeded("the request took longer than this router allows"))
+
+    def finish_at_length(self) -> None:
+        """Complete without a worker: nothing is left to generate."""
+        self._finish(self._stream.flush(), [], None, "length")
+
+    def _fail(self, error: RouterError | Retry) -> None:
+        if self.ended is not None and not self.ended.done():
+            self.ended.set_exception(error)
+
+    # --- sink ---
+
+    def on_lost(self, reason: str) -> None:
+        self._fail(Retry(wire.WireError("engine_failure", reason), lost=True))
+
+    def on_refused(self, error: wire.WireError) -> None:
+        self._fail(Retry(error, lost=error.code == "no_session"))
+
+    def on_output(self, output: wire.Output) -> None:
+        token_ids, finish = output.token_ids, output.finish_reason
+        if output.started is not None:
+            self._start(output.started)
+        if token_ids:
+            self._count(len(token_ids))
+        if finish == "cancelled" or finish == "error":
+            error = output.error or wire.WireError("engine_failure", "the worker ended the request")
+            self._fail(Retry(error, lost=True))
+            return
+        stream = self._stream
+        taken = stream.tokens
+        # A token that ends the sequence has no text of its own: end-of-sequence, or a stop token.
+        ends = finish == "stop" and not self.request.include_stop and bool(token_ids)
+        text = stream.feed(token_ids[:-1] if ends else token_ids)
+        logprobs = output.logprobs
+        if finish is not None and stream.stopped is None:
+            text += stream.flush()
+            if ends and token_ids[-1] in self.request.sampling.stop_token_ids:
+                self._stop_reason = token_ids[-1]
+        if stream.stopped is not None:
+            finish, self._stop_reason = "stop", stream.stopped
+            if stream.tokens - taken < len(token_ids):
+                token_ids = token_ids[: stream.tokens - taken]
+                logprobs = logprobs and logprobs[: stream.tokens - taken]
+        if finish is not None:
+            self._finish(text, token_ids, logprobs, finish)
+        else:
+            self._take(text, token_ids, logprobs, None)
+
+    def _start(self, started: wire.Started) -> None:
+        if self.cached_tokens is None:
+            self.cached_tokens = started.cached_tokens
+            self._queue_ms = started.queue_ms
+            self._prompt_logprobs = started.prompt_logprobs
+            self._metrics.queue_s.observe(started.queue_ms / 1000.0)
+            self._metrics.cached_tokens += started.cached_tokens
+
+    def _count(self, tokens: int) -> None:
+        now, metrics = clock(), self._metrics
+        metrics.generated_tokens += tokens
+        if not self.token_ids:
+            self._first_at = now
+            metrics.ttft_s.observe(now - self._started_at)
+        else:
+            metrics.itl_s.observe((now - self._last_at) / tokens, tokens)
+        if not self._prefilled:
+            self._prefilled = True
+            if self._worker is not None:
+                self._worker.load.first_token(self._rid)
+        self._last_at = now
+
+    def _take(
+        self,
+        text: str,
+        token_ids: list[int],
+        logprobs: list[wire.TokenLogprob] | None,
+        finish: wire.FinishReason | None,
+    ) -> None:
+        self.token_ids += token_ids
+        if text:
+            self._text.append(text)
+        if logprobs is not None:
+            if self._logprobs is None:
+                self._logprobs = []
+            self._logprobs += logprobs
+        if self._on_delta is not None:
+            self._on_delta(Delta(text, token_ids, logprobs, finish))
+
+    def _finish(
+        self, text: str, token_ids: list[int], logprobs: list[wire.TokenLogprob] | None, finish: wire.FinishReason
+    ) -> None:
+        self.finish_reason = finish
+        self.leave()
+        self._metrics.e2e_s.observe(clock() - self._started_at)
+        try:
+            self._take(text, token_ids, logprobs, finish)
+        finally:
+            if self.ended is not None and not self.ended.done():
+                self.ended.set_result(None)
+
+    def result(self) -> Result:
+        """The final answer. Call it when the sequence is complete."""
+        if self.finish_reason is None or self.placed is None:
+            raise RuntimeError("the sequence is not complete")
+        return Result(
+            text="".join(self._text),
+            token_ids=self.token_ids,
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+            prompt_tokens=len(self.request.token_ids) // 4,
+            cached_tokens=self.cached_tokens or 0,
+            queue_ms=self._queue_ms,
+            ttft_ms=1000.0 * max(self._first_at - self._started_at, 0.0),
+            placed=self.placed,
+        )
