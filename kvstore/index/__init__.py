@@ -1,0 +1,1 @@
+"""Prefix indexes (design contract 4): one protocol in `base`, its implementations beside it."""
