@@ -23,7 +23,7 @@ EPILOG = """[bold]Examples[/bold]
 
   dynamo-llm worker --config worker.toml --grpc-port 8101
 
-[bold]The file[/bold] holds the long options with underscores, and a table [bold]\\[engine_options][/bold]. Flags win over it.
+[bold]The file[/bold] holds the long options with underscores, and a table [bold]engine_options[/bold]. Flags win.
 
 [bold]Output[/bold]
 
