@@ -44,15 +44,18 @@ class Lifecycle:
         """From now on its end is what we asked for."""
         self.state = "stopping"
 
-    def exited(self, now_s: float) -> float | None:
-        """The process is gone: seconds until the next start, or None where there is none (`stopped` or `failed`)."""
+    def exited(self, now_s: float, *, refused: bool = False) -> float | None:
+        """The process is gone: seconds until the next start, or None where there is none (`stopped` or `failed`).
+
+        `refused`: it said that it cannot be started as it was told to, so that a child never ready is given up at once.
+        """
         if self.state == "stopping":
             self.state = "stopped"
             return None
         if self._ready_at_s is not None and now_s - self._ready_at_s >= self.policy.stable_after_s:
             self.failures = 0
         self.failures += 1
-        if not self.ever_ready and self.failures >= self.policy.start_attempts:
+        if not self.ever_ready and (refused or self.failures >= self.policy.start_attempts):
             self.state = "failed"
             return None
         self.state = "waiting"

@@ -25,6 +25,8 @@ from dynamo_llm.lifecycle import Lifecycle, RestartPolicy
 LineHandler = Callable[[str], None]
 
 READY = "ready"
+REFUSED = 2
+"""Exit code of a child that cannot be started with these arguments; the command line's own."""
 # Triton's `I1122 13:37:00.1 …` and its verbose lines, and what Python's logging writes with the level's name in it.
 _CHATTER = re.compile(r"^[IV]\d{4} |^(INFO|DEBUG)\b|[\s\[-](INFO|DEBUG)[\s:\]-]")
 _MAX_LINE = 8192
@@ -58,6 +60,10 @@ class Event:
 
 class ChildFailed(Exception):
     """A child failed so often at its start that it was given up. The message is one line with the last reason."""
+
+
+class ChildRefused(ChildFailed):
+    """A child cannot be started as it was told to: it ended with exit code `REFUSED`, and trying again is no use."""
 
 
 class _Lines(asyncio.Protocol):
@@ -107,6 +113,7 @@ class Child:
         self._scratch = scratch
         self._mark = ""
         self._last_line = ""
+        self._returncode = 0
         self._shm: set[str] = set()
         self._grace_s = _LEFTOVER_GRACE_S
 
@@ -114,13 +121,15 @@ class Child:
         """Run, and run again after each end, until it is stopped or given up (`ChildFailed`)."""
         while True:
             await self._run_once()
-            delay_s = self.life.exited(time.monotonic())
+            refused = self._returncode == REFUSED
+            delay_s = self.life.exited(time.monotonic(), refused=refused)
             if self.life.state == "stopped":
                 return self._tell("stopped", self.reason)
             if delay_s is None:
-                text = f"{self.spec.name} failed {self.life.failures} times at its start: {self.reason}"
-                self._tell("failed", text)
-                raise ChildFailed(text)
+                self._tell("failed", self.reason)
+                if refused:
+                    raise ChildRefused(f"{self.spec.name} cannot start: {self._last_line}")
+                raise ChildFailed(f"{self.spec.name} failed {self.life.failures} times at its start: {self.reason}")
             self._tell("died", f"{self.reason}; starts again in {delay_s:g} s")
             self.pid = 0
             await asyncio.sleep(delay_s)
@@ -155,6 +164,7 @@ class Child:
         try:
             await self._attend(self._spawn(scratch))
         except OSError as error:
+            self._returncode = 1
             self.reason = f"cannot start {self.spec.argv[0]}: {error.strerror}"
         finally:
             process_tree.reap(self._mark, self._shm)
@@ -187,6 +197,7 @@ class Child:
                 process.wait()
                 self.became_ready.clear()
             await asyncio.to_thread(process_tree.reap, self._mark, self._shm, self._grace_s)
+        self._returncode = process.returncode
         self.reason = _describe(process.returncode, self._last_line)
 
     async def _read(self, pipes: contextlib.AsyncExitStack, pipe: IO[bytes] | None, handle: LineHandler) -> None:

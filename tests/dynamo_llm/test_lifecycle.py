@@ -38,6 +38,18 @@ def test_three_failures_before_ever_being_ready_are_final() -> None:
     assert life.state == "failed"
 
 
+def test_a_child_that_refuses_is_given_up_only_before_it_was_ready() -> None:
+    """Refused arguments are final at the start; the same exit later is a failure like any other."""
+    life = Lifecycle(POLICY)
+    life.started()
+    assert life.exited(0, refused=True) is None
+    assert life.state == "failed"
+    life = Lifecycle(POLICY)
+    _live(life, 0, 1)
+    life.started()
+    assert life.exited(2, refused=True) == 2
+
+
 def test_a_child_that_was_ready_once_is_never_given_up() -> None:
     """Later failures at start are retried for ever: the others serve in the meantime."""
     life = Lifecycle(POLICY)

@@ -13,7 +13,7 @@ import pytest
 
 from dynamo_llm import process_tree
 from dynamo_llm.lifecycle import RestartPolicy
-from dynamo_llm.supervisor import ChildFailed, ChildSpec, Event, Supervisor
+from dynamo_llm.supervisor import ChildFailed, ChildRefused, ChildSpec, Event, Supervisor
 
 QUICK = RestartPolicy(first_delay_s=0.01, max_delay_s=0.05)
 
@@ -123,6 +123,15 @@ async def test_a_child_that_cannot_start_is_given_up_with_its_reason(log: Log, t
         with pytest.raises(ChildFailed, match=r"worker-1 failed 3 times at its start: exit code 1: no such model"):
             await asyncio.wait_for(supervisor.wait(), 30)
     assert len(log.of("starting")) == 3
+
+
+async def test_a_child_that_refuses_its_arguments_is_given_up_at_once(log: Log, tmp_path: Path) -> None:
+    """Exit code 2 before it was ever ready: the reason is its last line, and nothing is tried again."""
+    async with Supervisor(log, str(tmp_path), QUICK) as supervisor:
+        supervisor.start(_spec("import sys; print('no such option', file=sys.stderr); sys.exit(2)"))
+        with pytest.raises(ChildRefused, match=r"^worker-1 cannot start: no such option$"):
+            await asyncio.wait_for(supervisor.wait(), 30)
+    assert len(log.of("starting")) == 1
 
 
 async def test_a_program_that_is_not_there_is_a_failure_like_any_other(log: Log, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dynamo_llm.cli.errors import CommandError, StartError
 from dynamo_llm.cli.progress import Progress
 from dynamo_llm.cli.router_api import fetch_status
 from dynamo_llm.config import ConfigError, resolve_model
-from dynamo_llm.supervisor import Child, ChildFailed, ChildSpec, Supervisor
+from dynamo_llm.supervisor import Child, ChildFailed, ChildRefused, ChildSpec, Supervisor
 from kvstore.embedded import EmbeddedRedis
 from kvstore.errors import StoreError
 
@@ -171,6 +171,8 @@ def up(
     )  # fmt: skip
     try:
         code = asyncio.run(_run(plan, Progress(verbose=verbose)))
+    except ChildRefused as error:
+        raise StartError(str(error)) from None
     except ChildFailed as error:
         raise CommandError(str(error)) from None
     raise typer.Exit(code)
