@@ -100,6 +100,8 @@ class Service:
         self._sessions: dict[str, Session] = {}
         self._local: set[Session] = set()
         self._load = Load()
+        self.streams = 0
+        """Session streams that a host is reading, ended ones included until their last frame is out."""
 
     # --- what hosts call ---------------------------------------------------------------------------------------------
 
@@ -132,12 +134,14 @@ class Service:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ServiceError("invalid_request", f"the payload is no OpenSession: {error}") from None
         session = self.open_session(name)
+        self.streams += 1
         try:
             async with aclosing(session.frames(self.epoch, self.load, self.limits.frame_heartbeat_s)) as frames:
                 async for frame in frames:
                     self.metrics.frames += 1
                     yield frame
         finally:
+            self.streams -= 1
             self.end_session(session, "closed")
 
     def open_session(self, name: str) -> Session:
@@ -247,9 +251,7 @@ class Service:
         try:
             match command:
                 case Submit():
-                    if session is None:
-                        raise ServiceError("no_session", f"no session {name!r} is open on this worker")
-                    self.submit(session, command)
+                    self.submit(self._session(name), command)
                 case wire.Cancel(rid):
                     if session is not None:
                         self.cancel(session, rid)
@@ -267,6 +269,14 @@ class Service:
                 self.metrics.refused(error.error.code)
             return Refused(error.error)
         return wire.Done()
+
+    def _session(self, name: str) -> Session:
+        with self._lock:
+            self._refuse_if_leaving()
+        session = self._sessions.get(name)
+        if session is None:
+            raise ServiceError("no_session", f"no session {name!r} is open on this worker")
+        return session
 
     def _admit(self, session: Session, command: Submit) -> int:
         """Enter a request into the tables and name it for the engine, or raise `ServiceError`."""
