@@ -52,4 +52,3 @@ class RouterConfig(Struct, frozen=True, kw_only=True):
     connect_timeout_s: float = 5.0
     control_timeout_s: float = 10.0
     """A worker that does not answer a control call for so long is taken as lost."""
-    log_level: str = "info"

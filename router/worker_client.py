@@ -11,6 +11,7 @@ import itertools
 import logging
 import random
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
@@ -56,13 +57,24 @@ class WorkerLost(Exception):
 class WorkerConnection:
     """Keeps one session open, and reopens it with back-off when it is lost. Use as an async context manager."""
 
-    def __init__(self, card: InstanceCard, session: str, connect_timeout_s: float, control_timeout_s: float) -> None:
+    def __init__(
+        self,
+        card: InstanceCard,
+        session: str,
+        connect_timeout_s: float,
+        control_timeout_s: float,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_change` is called whenever `ready` may have changed."""
         self.card = card
         self.instance = card.instance
         self.load = WorkerLoad(card.block_size)
         self.last_error = "not connected yet"
-        self.changed = asyncio.Event()
-        """Set whenever `ready` may have changed; whoever waits on it clears it."""
+        self.paused = False
+        """Set by the owner: it is to take no new requests, while those in flight go on."""
+        self._on_change = on_change
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._session = session
         self._timeouts_s = (connect_timeout_s, control_timeout_s)
         self._link: _Link | None = None
@@ -92,7 +104,7 @@ class WorkerConnection:
     @property
     def ready(self) -> bool:
         """It takes new requests."""
-        return self._link is not None and not self._draining and not self._closing
+        return self._link is not None and not (self._draining or self._closing or self.paused)
 
     @property
     def inflight(self) -> int:
@@ -104,12 +116,22 @@ class WorkerConnection:
         if self._link is None:
             raise WorkerLost(self.last_error)
         self._link.inflight[command.rid] = sink
+        self._idle.clear()
         self._link.send(command)
 
     def release(self, rid: int) -> None:
         """No more output of this request is wanted: cancels it on the worker unless it has ended."""
         if self._link is not None and self._link.inflight.pop(rid, None) is not None:
             self._link.send(wire.Cancel(rid))
+            self._note_idle()
+
+    async def wait_idle(self) -> None:
+        """Wait until no request of this router is in flight there."""
+        await self._idle.wait()
+
+    def _note_idle(self) -> None:
+        if self._link is None or not self._link.inflight:
+            self._idle.set()
 
     async def snapshot(self) -> wire.SnapshotReply:
         """All block hashes the worker holds. Raises `WorkerLost`."""
@@ -133,7 +155,7 @@ class WorkerConnection:
             else:
                 opened_at_s = time.monotonic()
                 self._link, self._draining = link, False
-                self.changed.set()
+                self._on_change()
                 logger.info("instance %s at %s: session open", self.instance, self.card.grpc_address)
                 self._lose(await link.run())
                 if time.monotonic() - opened_at_s > high_s:
@@ -150,7 +172,7 @@ class WorkerConnection:
 
     def _lose(self, reason: str) -> None:
         link, self._link = self._link, None
-        self.changed.set()
+        self._on_change()
         if link is None:
             return
         self.last_error = reason
@@ -158,6 +180,7 @@ class WorkerConnection:
             logger.warning("instance %s: session lost: %s", self.instance, reason)
         sinks = list(link.inflight.values())
         link.inflight.clear()
+        self._idle.set()
         self.load.clear()
         for sink in sinks:
             _guarded(sink.on_lost, reason)
@@ -172,6 +195,7 @@ class WorkerConnection:
             if sink is not None:
                 if output.finish_reason is not None:
                     del inflight[output.rid]
+                    self._note_idle()
                 _guarded(sink.on_output, output)
 
     def on_answer(self, command: wire.Command, reply: wire.Reply, inflight: dict[int, Sink]) -> None:
@@ -186,6 +210,7 @@ class WorkerConnection:
             if reply.error.code == "draining":
                 self._set_draining(True)
             sink = inflight.pop(command.rid, None)
+            self._note_idle()
             if sink is not None:
                 _guarded(sink.on_refused, reply.error)
             if reply.error.code == "no_session":
@@ -194,7 +219,7 @@ class WorkerConnection:
     def _set_draining(self, draining: bool) -> None:
         if draining != self._draining:
             self._draining = draining
-            self.changed.set()
+            self._on_change()
 
 
 class _Link:

@@ -1,0 +1,281 @@
+"""The workers that are there: a connection per instance and a prefix index per model, as the registry lists them.
+
+`app.py` opens one pool; `generation.py` places on it (`generation.Fleet`). An instance that leaves the registry takes
+no new requests, and its connection is closed when those in flight are through. A lost Redis removes nothing.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from kvstore import model_files
+from kvstore.cards import InstanceCard
+from kvstore.errors import StoreError
+from kvstore.index.base import Match
+from kvstore.mirror import IndexMirror
+from kvstore.registry import Registry
+from kvstore.tasks import spawn, stop
+from kvstore.text import Tokenizer
+from kvstore.watch import Added, Change, Changed, Removed
+from kvstore.wire import SnapshotReply
+from router.chat_template import ChatTemplate
+from router.config import RouterConfig
+from router.metrics import IndexFigures, Metrics
+from router.models import Model, Models
+from router.worker_client import WorkerConnection, WorkerLost
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 2.0
+_SYNC_TIMEOUT_S = 20.0
+
+
+class _Instance:
+    """One registered instance and the task that serves it."""
+
+    def __init__(self, card: InstanceCard) -> None:
+        self.card = card
+        self.listed = True
+        self.unlisted = asyncio.Event()
+        self.connection: WorkerConnection | None = None
+        self.task: asyncio.Task[None] | None = None
+
+
+class Pool:
+    """See the module's docstring. Use as an async context manager."""
+
+    def __init__(self, registry: Registry, models: Models, metrics: Metrics, config: RouterConfig) -> None:
+        self._registry = registry
+        self._models = models
+        self._metrics = metrics
+        self._config = config
+        self._session = f"router-{os.urandom(6).hex()}"
+        self._watch = self._registry.watch(self._on_change)
+        self._instances: dict[str, _Instance] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: dict[str, dict[str, WorkerConnection]] = {}
+        self._mirrors: dict[tuple[str, int], IndexMirror] = {}
+        self._synced: set[tuple[str, int]] = set()
+        self._loaded: dict[str, tuple[Tokenizer, ChatTemplate]] = {}
+        self._loading = asyncio.Lock()
+        self._changed = asyncio.Event()
+
+    async def __aenter__(self) -> "Pool":
+        await self._watch.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._watch.__aexit__(kind, error, trace)
+        await stop(*self._tasks)
+        for mirror in self._mirrors.values():
+            await mirror.__aexit__(None, None, None)
+
+    # --- for generation ---
+
+    def workers(self, model: str) -> Sequence[WorkerConnection]:
+        return [c for c in self._connections.get(model, {}).values() if c.card.role != "prefill"]
+
+    def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, Match]:
+        known = self._models.find(model)
+        mirror = self.mirror(known) if known is not None else None
+        return mirror.match(hashes) if mirror is not None else {}
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    def _pulse(self) -> None:
+        """Wake all who wait for a change."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    # --- for health, status and metrics ---
+
+    async def wait_listed(self, timeout_s: float) -> bool:
+        """Wait until the registry was read once, so that a known model is not taken for an unknown one."""
+        return await self._watch.wait_listed(timeout_s)
+
+    @property
+    def redis_connected(self) -> bool:
+        """Whether the registry's view is up to date."""
+        return self._watch.connected
+
+    @property
+    def ready(self) -> bool:
+        """Some worker takes requests, and the index of its model has been read."""
+        return any(c.ready and self._key(c.card) in self._synced for c in self.connections())
+
+    def connections(self) -> list[WorkerConnection]:
+        """All of them, of every model."""
+        return [connection for by_id in self._connections.values() for connection in by_id.values()]
+
+    def index_figures(self) -> dict[str, IndexFigures]:
+        """Per model; see `Metrics.index_figures`."""
+        figures = {}
+        for (model, _), mirror in self._mirrors.items():
+            stats = mirror.stats()
+            sessions = sum(c.connected for c in self.workers(model))
+            figures[model] = IndexFigures(stats.blocks, stats.lag_s, stats.gaps, stats.resyncs, sessions)
+        return figures
+
+    def mirror(self, model: Model) -> IndexMirror | None:
+        """The index of a model, once one of its instances was seen."""
+        return self._mirrors.get((model.name, model.block_size))
+
+    # --- the registry's changes ---
+
+    def _on_change(self, change: Change) -> None:
+        if isinstance(change, Added):
+            self._list(change.card)
+        elif isinstance(change, Changed):
+            if _place_of(change.card) != _place_of(change.before):
+                self._unlist(change.before.instance)
+            self._list(change.card)
+        elif isinstance(change, Removed):
+            self._unlist(change.card.instance)
+
+    def _list(self, card: InstanceCard) -> None:
+        known = self._instances.get(card.instance)
+        if known is not None and _place_of(known.card) == _place_of(card):
+            known.card, known.listed = card, True  # its lease came back before its last request had ended
+            if known.connection is not None:
+                known.connection.paused = False
+                self._models.add(card)
+                self._pulse()
+            return
+        instance = self._instances[card.instance] = _Instance(card)
+        instance.task = spawn(f"instance {card.instance}", self._serve(instance))
+        self._tasks.add(instance.task)
+        instance.task.add_done_callback(self._tasks.discard)
+
+    def _unlist(self, instance: str) -> None:
+        known = self._instances.get(instance)
+        if known is None:
+            return
+        logger.info("instance %s has left the registry", instance)
+        known.listed = False
+        if known.connection is not None:
+            known.connection.paused = True
+        self._models.remove(known.card.model, instance)
+        mirror = self._mirrors.get(self._key(known.card))
+        if mirror is not None:
+            mirror.remove(instance)
+        self._metrics.model(known.card.model).forget_instance(instance)
+        known.unlisted.set()
+        self._pulse()
+
+    async def _serve(self, instance: _Instance) -> None:
+        """From the listing of an instance until it is gone and its last request has ended."""
+        card = instance.card
+        try:
+            if not await self._open_model(instance):
+                return
+            await self._open_mirror(card)
+            timeouts_s = (self._config.connect_timeout_s, self._config.control_timeout_s)
+            async with WorkerConnection(card, self._session, *timeouts_s, self._pulse) as connection:
+                instance.connection = connection
+                by_id = self._connections.setdefault(card.model, {})
+                by_id[card.instance] = connection
+                try:
+                    while instance.listed:
+                        instance.unlisted.clear()
+                        await instance.unlisted.wait()
+                        await connection.wait_idle()
+                finally:
+                    if by_id.get(card.instance) is connection:
+                        del by_id[card.instance]
+        finally:
+            if self._instances.get(card.instance) is instance:
+                del self._instances[card.instance]
+                self._models.remove(card.model, card.instance)
+            if all(other.card.model_files != card.model_files for other in self._instances.values()):
+                self._loaded.pop(card.model_files, None)
+
+    async def _open_model(self, instance: _Instance) -> bool:
+        """Make the model known and add the instance to it. False: the instance left meanwhile."""
+        complaint = ""
+        while instance.listed:
+            card = instance.card
+            try:
+                model = await self._model_of(card)
+            except (StoreError, ValueError) as error:
+                problem = f"the files of `{card.model}` cannot be used: {error}"
+            else:
+                if model.block_size == card.block_size:
+                    self._models.add(card)
+                    self._pulse()
+                    return True
+                problem = f"its block size is {card.block_size}, that of the model's other instances {model.block_size}"
+            if problem != complaint:
+                logger.warning("instance %s is left out for now: %s", card.instance, problem)
+                complaint = problem
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(instance.unlisted.wait(), _RETRY_S)
+        return False
+
+    async def _model_of(self, card: InstanceCard) -> Model:
+        async with self._loading:
+            known = self._models.find(card.model)
+            if known is not None and (known.by_instance or known.block_size == card.block_size):
+                return known
+            if card.model_files not in self._loaded:
+                blob = await self._registry.get_blob(card.model_files)
+                if blob is None:
+                    raise ValueError("they are not in Redis")
+                self._loaded[card.model_files] = await asyncio.to_thread(_load, blob)
+            tokenizer, chat_template = self._loaded[card.model_files]
+            model = Model(card.model, card.block_size, tokenizer, chat_template, time.time())
+            self._models.put(model)
+            return model
+
+    async def _open_mirror(self, card: InstanceCard) -> None:
+        key = self._key(card)
+        if key in self._mirrors:
+            return
+        mirror = self._mirrors[key] = IndexMirror(
+            self._registry.redis,
+            self._registry.keys,
+            model=card.model,
+            block_size=card.block_size,
+            fetch_snapshot=self._fetch_snapshot,
+        )
+        await mirror.__aenter__()
+        task = spawn(f"first reading of the index of {card.model}", self._await_sync(key, mirror))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _await_sync(self, key: tuple[str, int], mirror: IndexMirror) -> None:
+        if not await mirror.wait_ready(_SYNC_TIMEOUT_S):
+            logger.warning("the index of `%s` is not complete yet; serving all the same", key[0])
+        self._synced.add(key)
+        self._pulse()
+
+    async def _fetch_snapshot(self, instance: str) -> SnapshotReply | None:
+        known = self._instances.get(instance)
+        if known is None or known.connection is None:
+            return None
+        try:
+            return await known.connection.snapshot()
+        except WorkerLost:
+            return None
+
+    @staticmethod
+    def _key(card: InstanceCard) -> tuple[str, int]:
+        return card.model, card.block_size
+
+
+def _place_of(card: InstanceCard) -> tuple[str, str, int]:
+    """What a connection was made for."""
+    return card.grpc_address, card.model, card.block_size
+
+
+def _load(blob: bytes) -> tuple[Tokenizer, ChatTemplate]:
+    """Runs in a thread: a large vocabulary takes a second. Raises `ValueError`."""
+    files = model_files.unpack(blob)
+    return Tokenizer.from_files(files), ChatTemplate.from_files(files)
