@@ -37,6 +37,8 @@ from dynamo_llm.service import Service, ServiceError
 from kvstore.wire import CONTROL_SUFFIX, PAYLOAD, SESSION_SUFFIX
 
 START_TIMEOUT_S = 120.0
+EXIT_TIMEOUT_S = 3
+"""For the server to send what we gave it. A stream whose client went away can make it wait for the whole time."""
 _SOCKET_PATH_LIMIT = 107
 _LONGEST_SOCKET = "/{}.session_0_0-server.sock"
 _START_ATTEMPTS = 3
@@ -123,7 +125,7 @@ class PyTritonHost:
                 grpc_port=self.grpc_port,
                 allow_metrics=False,
                 log_file=log,
-                exit_timeout_secs=10,
+                exit_timeout_secs=EXIT_TIMEOUT_S,
             ),
             workspace=workspace,
             security_config=TritonSecurityConfig(restricted_endpoints=[]),
@@ -180,6 +182,16 @@ class _Server(Triton):  # type: ignore[misc]  # pytriton has no types
     def launch(self) -> None:
         """Start the server's process without waiting for it: PyTriton would wait for a dead one, too."""
         self._run_server()
+
+    def stop(self) -> bool:
+        """End the server. PyTriton's threads look once a second whether they are to stop, so tell them beforehand."""
+        for model in self._model_manager.models:
+            for connector in model._requests_respones_connectors:
+                connector.close()
+        stopped = bool(super().stop())
+        for region in Path("/dev/shm").glob(f"{self._python_backend_config['shm-region-prefix-name']}*"):
+            region.unlink(missing_ok=True)  # a server that ran out of time does not clean up
+        return stopped
 
     def _initialize_server(self) -> None:
         super()._initialize_server()

@@ -1,0 +1,409 @@
+"""The real PyTriton server in front of a scripted engine: the models as clients see them, and what is left over."""
+
+import asyncio
+import json
+import os
+import queue
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from scripted_engine import ScriptedEngine, tokens
+from test_service import Events
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import InferenceServerException
+
+from dynamo_llm import process_tree
+from dynamo_llm.hosts.base import HostError
+from dynamo_llm.hosts.pytriton import PyTritonHost, fits
+from dynamo_llm.metrics import Metrics
+from dynamo_llm.public_model import PublicModel
+from dynamo_llm.service import Limits, Service
+from kvstore import wire
+from kvstore.text import Tokenizer
+from kvstore.wire import Cancel, Close, Command, ControlBatch, Done, Frame, OpenSession, Refused, SamplingParams, Submit
+
+MODEL_FOLDER = Path(__file__).parents[2] / "model_repository/demo/1/model"
+
+
+class Rig:
+    """One server for the whole module: it takes seconds to start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.from_files({"tokenizer.json": (MODEL_FOLDER / "tokenizer.json").read_bytes()})
+        self.engine = ScriptedEngine(step_s=0.002)
+        self.service = Service(
+            self.engine,
+            instance="0" * 16,
+            epoch=7,
+            events=Events(),
+            metrics=Metrics("demo"),
+            limits=Limits(session_timeout_s=2.0, frame_heartbeat_s=0.2),
+        )
+        self.service.start()
+        self.host = PyTritonHost(self.service, PublicModel(self.service, self.tokenizer), model="demo", folder=folder)
+        self.host.start()
+
+    @property
+    def grpc_address(self) -> str:
+        return f"127.0.0.1:{self.host.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.host.http_port}"
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    rig = Rig(Path(tmp_path_factory.mktemp("t")))
+    yield rig
+    rig.host.stop()
+    rig.engine.close()
+
+
+def _request(model: str, payload: bytes) -> Any:
+    request = service_pb2.ModelInferRequest(model_name=model)
+    tensor = request.inputs.add()
+    tensor.name, tensor.datatype = wire.PAYLOAD, "UINT8"
+    tensor.shape.append(len(payload))
+    request.raw_input_contents.append(payload)
+    return request
+
+
+class Router:
+    """What a router does on the wire, over a channel of its own."""
+
+    def __init__(self, address: str, session: str) -> None:
+        self.session = session
+        self.channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
+        self._stream: Any = None
+
+    async def open(self, payload: bytes | None = None) -> None:
+        self._stream = self._stub.ModelStreamInfer()
+        opening = payload if payload is not None else wire.encode(OpenSession(self.session))
+        await self._stream.write(_request("demo.session", opening))
+        await self._stream.done_writing()
+
+    async def frame(self) -> Frame:
+        message = await asyncio.wait_for(self._stream.read(), 10.0)
+        if message is grpc.aio.EOF:
+            raise EOFError
+        if message.error_message:
+            raise RuntimeError(message.error_message)
+        if not message.infer_response.raw_output_contents:
+            return await self.frame()
+        return wire.decode_frame(message.infer_response.raw_output_contents[0])
+
+    async def read_to_end(self) -> str | None:
+        """The reason in the last frame."""
+        reason = None
+        while True:
+            try:
+                reason = (await self.frame()).end
+            except EOFError:
+                return reason
+
+    async def control(self, *commands: Command) -> list[wire.Reply]:
+        return await self.control_raw(wire.encode(ControlBatch(self.session, list(commands))))
+
+    async def control_raw(self, payload: bytes) -> list[wire.Reply]:
+        response = await self._stub.ModelInfer(_request("demo.control", payload), timeout=10.0)
+        return wire.decode_reply(response.raw_output_contents[0]).replies
+
+    async def run(self, *commands: Submit) -> dict[int, list[int]]:
+        """Submit in one batch and read until all have ended."""
+        assert await self.control(*commands) == [Done()] * len(commands)
+        got: dict[int, list[int]] = {command.rid: [] for command in commands}
+        ended = set()
+        while len(ended) < len(commands):
+            for output in (await self.frame()).outputs:
+                assert output.rid not in ended
+                got[output.rid] += output.token_ids
+                if output.finish_reason is not None:
+                    ended.add(output.rid)
+        return got
+
+
+@pytest.fixture
+async def router(rig: Rig, request: pytest.FixtureRequest) -> AsyncIterator[Router]:
+    router = Router(rig.grpc_address, request.node.name)
+    await router.open()
+    assert (await router.frame()).outputs == []
+    yield router
+    await router.control(Close())
+    await router.read_to_end()
+    await router.channel.close()
+
+
+def submit(rid: int, last: int = 10, max_tokens: int | None = 5) -> Submit:
+    return Submit(rid=rid, token_ids=tokens(1, last), sampling=SamplingParams(max_tokens=max_tokens))
+
+
+async def test_a_batch_of_requests_streams_through_one_session(router: Router) -> None:
+    """32 requests of one control call come back in frames, each complete and ended once."""
+    got = await router.run(*(submit(rid, rid * 100) for rid in range(32)))
+    assert got == {rid: list(range(rid * 100 + 1, rid * 100 + 6)) for rid in range(32)}
+
+
+async def test_two_routers_share_the_server(rig: Rig, router: Router) -> None:
+    """Sessions with the same rids do not meet."""
+    other = Router(rig.grpc_address, "another")
+    await other.open()
+    one, two = await asyncio.gather(router.run(submit(1, 100, 20)), other.run(submit(1, 500, 20)))
+    assert one == {1: list(range(101, 121))}
+    assert two == {1: list(range(501, 521))}
+    await other.control(Close())
+    assert await other.read_to_end() == "closed"
+    await other.channel.close()
+
+
+async def test_a_cancelled_request_ends(rig: Rig, router: Router) -> None:
+    """The last output says so, and the engine has nothing left."""
+    await router.control(submit(1, max_tokens=None))
+    while not (await router.frame()).outputs:
+        pass
+    await router.control(Cancel(1))
+    while not any(output.finish_reason == "cancelled" for output in (await router.frame()).outputs):
+        pass
+    assert rig.service.in_flight == 0
+
+
+async def test_a_second_session_of_a_name_replaces_the_first(rig: Rig) -> None:
+    """The first one's stream ends by itself, with the reason in its last frame."""
+    first, second = Router(rig.grpc_address, "same"), Router(rig.grpc_address, "same")
+    await first.open()
+    await first.frame()
+    await second.open()
+    await second.frame()
+    assert await first.read_to_end() == "replaced"
+    assert await second.run(submit(1)) == {1: [11, 12, 13, 14, 15]}
+    await second.control(Close())
+    await second.read_to_end()
+    for router in (first, second):
+        await router.channel.close()
+
+
+async def test_a_router_that_vanishes_frees_its_requests(rig: Rig, eventually: Callable[..., Any]) -> None:
+    """A closed connection says nothing to PyTriton; the missing pings do."""
+    router = Router(rig.grpc_address, "vanishing")
+    await router.open()
+    await router.frame()
+    await router.control(submit(1, max_tokens=None))
+    assert rig.service.in_flight == 1
+    await router.channel.close()
+    await eventually(lambda: rig.service.in_flight == 0 and rig.service.streams == 0, timeout_s=10.0)
+
+
+@pytest.mark.parametrize("payload", [b"\xc1", b"not msgpack", b"\x00" * 100], ids=["break", "text", "zeros"])
+async def test_garbage_for_control_gets_one_refusal(router: Router, payload: bytes) -> None:
+    """And the session goes on."""
+    (reply,) = await router.control_raw(payload)
+    assert isinstance(reply, Refused)
+    assert reply.error.code == "invalid_request"
+    assert await router.run(submit(1)) == {1: [11, 12, 13, 14, 15]}
+
+
+async def test_garbage_for_a_session_gets_one_line(rig: Rig) -> None:
+    """A model error in one line, without a traceback, and the stream ends."""
+    router = Router(rig.grpc_address, "garbage")
+    await router.open(b"\xc1\xc1")
+    with pytest.raises(RuntimeError) as caught:
+        await router.frame()
+    assert "invalid_request: the payload is no OpenSession" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert len(str(caught.value).strip().splitlines()) == 1
+    await router.channel.close()
+
+
+# --- the public model -----------------------------------------------------------------------------------------------
+
+
+def _input(name: str, values: list[Any], datatype: str, dtype: Any) -> Any:
+    tensor = triton.InferInput(name, [len(values)], datatype)
+    tensor.set_data_from_numpy(np.array(values, dtype=dtype))
+    return tensor
+
+
+def _text(name: str, *values: str) -> Any:
+    return _input(name, [value.encode() for value in values], "BYTES", np.object_)
+
+
+def _flag(name: str) -> Any:
+    return _input(name, [True], "BOOL", np.bool_)
+
+
+def _count(value: int) -> Any:
+    return _input("max_tokens", [value], "INT32", np.int32)
+
+
+@pytest.fixture
+def stream(rig: Rig) -> Iterator[Callable[..., list[Any]]]:
+    """Send one request to the public model: its responses, or the error raised."""
+    client = triton.InferenceServerClient(rig.grpc_address)
+    results: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    client.start_stream(lambda result, error: results.put((result, error)))
+
+    def send(*inputs: Any, **parameters: Any) -> list[Any]:
+        client.async_stream_infer("demo", list(inputs), parameters=parameters, enable_empty_final_response=True)
+        answers = []
+        while True:
+            result, error = results.get(timeout=10.0)
+            if error is not None:
+                raise error
+            response = result.get_response()
+            if response.outputs:
+                answers.append(result)
+            if response.parameters["triton_final_response"].bool_param:
+                return answers
+
+    yield send
+    client.stop_stream()
+    client.close()
+
+
+def _answer(result: Any) -> str:
+    return bytes(result.as_numpy("text_output")[0]).decode()
+
+
+def test_text_comes_back_after_its_prompt(rig: Rig, stream: Callable[..., list[Any]]) -> None:
+    """Not streaming, one response holds prompt and continuation; `exclude_input_in_output` leaves the prompt out."""
+    last = np.frombuffer(rig.tokenizer.encode("Hello"), "<u4")[-1]
+    expected = rig.tokenizer.decode([int(last) + step for step in range(1, 9)])
+    (whole,) = stream(_text("text_input", "Hello"), _count(8))
+    (bare,) = stream(_text("text_input", "Hello"), _count(8), _flag("exclude_input_in_output"))
+    assert _answer(whole) == "Hello" + expected
+    assert _answer(bare) == expected
+    assert whole.as_numpy("output_ids").tolist() == [last + step for step in range(1, 9)]
+    assert whole.as_numpy("finish_reason") is None
+
+
+def test_a_stream_brings_deltas_that_add_up(stream: Callable[..., list[Any]]) -> None:
+    """Streaming, the responses' texts and ids are what the single response holds, and the counts are per response."""
+    flags = [_flag(f"return_{name}") for name in ("finish_reason", "num_input_tokens", "num_output_tokens")]
+    (whole,) = stream(_text("text_input", "Hello"), _count(30), _flag("exclude_input_in_output"))
+    parts = stream(_text("text_input", "Hello"), _count(30), _flag("stream"), *flags)
+    assert "".join(map(_answer, parts)) == _answer(whole)
+    assert np.concatenate([part.as_numpy("output_ids") for part in parts]).tolist() == list(
+        whole.as_numpy("output_ids")
+    )
+    assert sum(int(part.as_numpy("num_output_tokens")[0]) for part in parts) == 30
+    assert [bytes(part.as_numpy("finish_reason")[0]) for part in parts] == [b"None"] * (len(parts) - 1) + [b"length"]
+    assert int(parts[0].as_numpy("num_input_tokens")[0]) >= 1
+
+
+def test_token_ids_need_no_text(stream: Callable[..., list[Any]]) -> None:
+    """`input_ids` are taken as they are; sampling parameters may come as request parameters, strings included."""
+    (answer,) = stream(_input("input_ids", [5, 6, 7], "INT32", np.int32), max_tokens="4")
+    assert answer.as_numpy("output_ids").tolist() == [8, 9, 10, 11]
+
+
+def test_a_stop_string_ends_the_answer(rig: Rig, stream: Callable[..., list[Any]]) -> None:
+    """The text ends before it, the finish reason is `stop`, and the engine stops, too."""
+    ids = [300 + step for step in range(1, 200)]
+    stop = rig.tokenizer.decode(ids[:40])[-6:]
+    (answer,) = stream(
+        _input("input_ids", [300], "INT32", np.int32),
+        _text("sampling_parameters", json.dumps({"max_tokens": 100000, "stop": stop})),
+        _flag("return_finish_reason"),
+    )
+    text = rig.tokenizer.decode(ids)
+    assert _answer(answer) == text[: text.index(stop)]
+    assert bytes(answer.as_numpy("finish_reason")[0]) == b"stop"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "message"),
+    [
+        ([_text("text_input", "Hi")], {"temprature": 1}, "did you mean 'temperature'"),
+        ([_text("text_input", "Hi")], {"temperature": "hot"}, "temperature"),
+        ([_text("text_input", "Hi"), _text("sampling_parameters", "{")], {}, "no JSON object"),
+        ([_text("text_input", "Hi")], {"n": 2}, "n must be 1"),
+        ([_count(3)], {}, "either text_input or input_ids"),
+        (
+            [_text("text_input", "Hi"), _input("input_ids", [1], "INT32", np.int32)],
+            {},
+            "either text_input or input_ids",
+        ),
+        ([_input("input_ids", [1, -1], "INT32", np.int32)], {}, "negative"),
+        ([_input("input_ids", [1] * 2000, "INT32", np.int32)], {}, "context_length_exceeded"),
+    ],
+)
+def test_a_wrong_request_gets_one_line(
+    stream: Callable[..., list[Any]], inputs: list[Any], parameters: dict[str, Any], message: str
+) -> None:
+    """The error names what is wrong; there is no traceback."""
+    with pytest.raises(InferenceServerException) as caught:
+        stream(*inputs, **parameters)
+    text = str(caught.value).strip()
+    assert message in text
+    assert "Traceback" not in text
+    assert len(text.splitlines()) == 1
+
+
+def test_generate_over_http(rig: Rig) -> None:
+    """Triton's generate extension: JSON keys become tensors, `parameters` become parameters."""
+    body = {"text_input": "Hello", "exclude_input_in_output": True, "parameters": {"max_tokens": 3}}
+    request = urllib.request.Request(f"{rig.http_url}/v2/models/demo/generate", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=10) as response:
+        answer = json.load(response)
+    assert len(answer["output_ids"]) == 3
+    assert answer["text_output"] == rig.tokenizer.decode(answer["output_ids"])
+
+
+# --- the server itself ----------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_restricted_and_nothing_is_bound_to_the_world(rig: Rig) -> None:
+    """Statistics need no token, and the ports are open on the loopback address only."""
+    client = triton.InferenceServerClient(rig.grpc_address)
+    assert client.get_inference_statistics("demo.control").model_stats
+    client.close()
+    listening = {
+        line.split()[1]
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A"
+        and int(line.split()[1].rsplit(":")[1], 16) in (rig.host.grpc_port, rig.host.http_port)
+    }
+    assert listening
+    assert all(address.split(":")[0].endswith("0100007F") for address in listening)  # 127.0.0.1, mapped or not
+
+
+def test_a_busy_port_is_one_line(rig: Rig, tmp_path: Path) -> None:
+    """Before anything is started."""
+    host = PyTritonHost(
+        rig.service, PublicModel(rig.service, None), model="demo", folder=tmp_path, grpc_port=rig.host.grpc_port
+    )
+    with pytest.raises(HostError, match=f"cannot listen on 127.0.0.1:{rig.host.grpc_port}"):
+        host.start()
+
+
+def test_a_stopped_server_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process and no shared memory of its own; the folder is the caller's to remove."""
+    mark = f"test-{os.getpid()}-stop"
+    monkeypatch.setenv(process_tree.MARK_VARIABLE, mark)
+    engine = ScriptedEngine(step_s=0.01)
+    service = Service(engine, instance="0" * 16, epoch=7, events=Events(), metrics=Metrics("demo"))
+    service.start()
+    host = PyTritonHost(service, PublicModel(service, None), model="demo", folder=tmp_path)
+    host.start()
+    pids = process_tree.members(mark)
+    regions = process_tree.shm_regions(pids)
+    assert len(pids) >= 4
+    assert regions
+    host.stop()
+    engine.close()
+    assert process_tree.members(mark) == []
+    assert not [region for region in regions if os.path.exists(region)]
+
+
+def test_long_names_in_deep_folders_are_seen_beforehand(tmp_path: Path) -> None:
+    """A unix socket's path holds 107 bytes."""
+    assert fits(Path("/tmp/dynamo-llm-abcdefgh"), "m" * 48)
+    assert not fits(Path("/tmp/") / ("d" * 60), "m" * 48)
