@@ -14,7 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from router.errors import RouterError
 from router.http.asgi import ClientGone
-from router.kserve.outbox import Outbox, Prepare
+from router.http.protocol import EXTENSION, Connection
+from router.kserve.outbox import Outbox, Prepare, Run
 from router.kserve.response import Parameters, Response
 from router.types import Generator
 
@@ -43,33 +44,28 @@ class EventStream(HttpResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status = 499
+        writer = _Writer(send, scope.get("extensions", {}).get(EXTENSION), self._encode)
         try:
-            async with Outbox(self._generator) as outbox:
+            async with Outbox(self._generator, writer.write_now) as outbox:
                 outbox.start("", self._prepare)
                 outbox.close()
-                status = await until_disconnect(receive, self._pump(outbox, scope, receive, send))
+                status = await until_disconnect(receive, self._send_all(outbox, writer, scope, receive, send))
         except ClientGone:
             pass
         finally:
             self._count(status)
 
-    async def _pump(self, outbox: Outbox, scope: Scope, receive: Receive, send: Send) -> int:
+    async def _send_all(self, outbox: Outbox, writer: "_Writer", scope: Scope, receive: Receive, send: Send) -> int:
         """Send all events; returns the status."""
-        started = False
         while items := await outbox.next():
             for _, response in items:
-                if isinstance(response, RouterError):
-                    if not started:
+                if not writer.opened:
+                    if isinstance(response, RouterError):
                         refusal = self._error_response(response)
                         await refusal(scope, receive, send)
                         return refusal.status_code
-                    event = msgspec.json.encode({"error": response.message})
-                else:
-                    event = self._encode(response)
-                    if not started:
-                        started = True
-                        await send(self._start(response.parameters))
-                await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
+                    await send(self._start(response.parameters))
+                await writer.write(response)
         await send({"type": "http.response.body", "body": b""})
         return 200
 
@@ -78,6 +74,40 @@ class EventStream(HttpResponse):
         headers |= self._headers_of(parameters)
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         return {"type": "http.response.start", "status": 200, "headers": raw}
+
+
+class _Writer:
+    """Writes events: by ASGI, or straight to the socket from the frame's handler where the connection allows it."""
+
+    def __init__(self, send: Send, connection: Connection | None, encode: Callable[[Response], bytes]) -> None:
+        self.opened = False
+        """The first event was written by ASGI, so the head of the response is out."""
+        self._send = send
+        self._connection = connection
+        self._encode = encode
+        self._waiting = False
+        """An event is on its way by ASGI: others must not overtake it."""
+
+    async def write(self, response: Response | RouterError) -> None:
+        self._waiting = True
+        await self._send({"type": "http.response.body", "body": self._event(response), "more_body": True})
+        self._waiting = False
+        self.opened = True
+
+    def write_now(self, run: Run) -> bool:
+        """An `Outbox` sink: takes what is there if the socket takes it now."""
+        connection = self._connection
+        if connection is None or not self.opened or self._waiting or connection.paused:
+            return False
+        for response in run.take():
+            event = self._event(response)
+            connection.transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+        return True
+
+    def _event(self, response: Response | RouterError) -> bytes:
+        if isinstance(response, RouterError):
+            return b"data: " + msgspec.json.encode({"error": response.message}) + b"\n\n"
+        return b"data: " + self._encode(response) + b"\n\n"
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

@@ -32,9 +32,12 @@ def request(message: pb.ModelInferRequest, model: Model) -> InferRequest:
         raise InvalidRequest(f"raw_input_contents has {len(raw)} entries for {len(message.inputs)} inputs")
     inputs: dict[str, Values] = {}
     for index, tensor in enumerate(message.inputs):
+        spec = find_input(model.name, tensor.name)
         if tensor.name in inputs:
             raise invalid(tensor.name, "is given twice")
-        inputs[tensor.name] = _values(tensor, raw[index] if raw else None, model)
+        refuse_shared_memory("input", tensor.name, tensor.parameters)
+        count = check_shape(spec, tensor.datatype, tensor.shape, model.max_context)
+        inputs[tensor.name] = _values(tensor, count, raw[index] if raw else None)
     for output in message.outputs:
         refuse_shared_memory("output", output.name, output.parameters)
     return InferRequest(
@@ -67,9 +70,7 @@ def stream_response(item: Item) -> pb.ModelStreamInferResponse:
     return pb.ModelStreamInferResponse(infer_response=message)
 
 
-def _values(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None, model: Model) -> Values:
-    refuse_shared_memory("input", tensor.name, tensor.parameters)
-    count = check_shape(find_input(model.name, tensor.name), tensor.datatype, tensor.shape, model.max_context)
+def _values(tensor: pb.ModelInferRequest.InferInputTensor, count: int, raw: bytes | None) -> Values:
     if raw is None:
         contents = getattr(tensor.contents, _CONTENTS[tensor.datatype])
         if len(contents) != count:

@@ -24,6 +24,7 @@ from router.kserve.tensors import (
     from_values,
     invalid,
     refuse_shared_memory,
+    short,
     to_json,
     to_raw,
 )
@@ -76,15 +77,17 @@ def decode_infer(body: bytes, header_length: str | None, model: Model) -> tuple[
     inputs: dict[str, Values] = {}
     at = length
     for tensor in document.inputs:
+        spec = find_input(model.name, tensor.name)
         if tensor.name in inputs:
             raise invalid(tensor.name, "is given twice")
         size = _binary_size(tensor)
+        count = check_shape(spec, tensor.datatype, tensor.shape, model.max_context)
         if size is None:
-            inputs[tensor.name] = _json_values(tensor, model)
+            inputs[tensor.name] = _json_values(tensor, count)
             continue
         if size > len(body) - at:
             raise invalid(tensor.name, f"says {size} bytes of binary data, only {len(body) - at} follow")
-        inputs[tensor.name] = _binary_values(tensor, model, body[at : at + size])
+        inputs[tensor.name] = _binary_values(tensor, count, body[at : at + size])
         at += size
     if at != len(body):
         raise InvalidRequest(f"the body has {len(body) - at} bytes more than its inputs")
@@ -203,15 +206,13 @@ def _binary_size(tensor: _Input) -> int | None:
     return size
 
 
-def _binary_values(tensor: _Input, model: Model, raw: bytes) -> Values:
+def _binary_values(tensor: _Input, count: int, raw: bytes) -> Values:
     if bytes(tensor.data):
         raise invalid(tensor.name, "has both 'data' and 'binary_data_size'")
-    count = check_shape(find_input(model.name, tensor.name), tensor.datatype, tensor.shape, model.max_context)
     return from_raw(tensor.name, tensor.datatype, count, raw)
 
 
-def _json_values(tensor: _Input, model: Model) -> Values:
-    count = check_shape(find_input(model.name, tensor.name), tensor.datatype, tensor.shape, model.max_context)
+def _json_values(tensor: _Input, count: int) -> Values:
     document = bytes(tensor.data)
     if not document:
         raise invalid(tensor.name, "has no 'data'")
@@ -228,7 +229,7 @@ def _output_form(document: _Infer) -> OutputForm:
     for output in document.outputs or ():
         refuse_shared_memory("output", output.name, output.parameters)
         if "classification" in output.parameters:
-            raise Unimplemented(f"output '{output.name[:64]}': the classification extension is not supported")
+            raise Unimplemented(f"output {short(output.name)}: the classification extension is not supported")
         if isinstance(binary := output.parameters.get("binary_data"), bool):
             by_name[output.name] = binary
     return OutputForm(document.parameters.get("binary_data_output") is True, by_name)

@@ -82,15 +82,20 @@ class Run:
                 ready.append(self._responder.delta(deltas))
             if self._result is not None and self.finished:
                 ready[:] = _finish(ready, self._job, self._responder, self._result)
-        if self._error is not None:
+        if self._error is not None and self.finished:
             ready.append(self._error)
         return ready
 
 
 class Outbox:
-    """Owns the runs of one client stream: leaving the context cancels those still in flight."""
+    """Owns the runs of one client stream: leaving the context cancels those still in flight.
 
-    def __init__(self, generator: Generator) -> None:
+    A transport that can write without waiting gives a `sink`, which is offered a run that has something new and is not
+    at its end. It takes it and returns True, or returns False and leaves it to `next`: no task wakes for what it took.
+    """
+
+    def __init__(self, generator: Generator, sink: Callable[["Run"], bool] | None = None) -> None:
+        self._sink = sink
         self._generator = generator
         self._tasks: dict[Run, asyncio.Task[None]] = {}
         self._ready: dict[Run, None] = {}
@@ -149,6 +154,8 @@ class Outbox:
         return []
 
     def _wake(self, run: Run) -> None:
+        if self._sink is not None and not run.finished and self._sink(run):
+            return
         self._ready[run] = None
         self._changed.set()
 

@@ -4,7 +4,6 @@
 the routing layer for and which outputs to answer with.
 """
 
-import asyncio
 import difflib
 import math
 import uuid
@@ -17,13 +16,12 @@ from msgspec import Struct
 
 from kvstore.wire import SamplingParams
 from router.errors import ContextLengthExceeded, InvalidRequest
+from router.http.endpoint import encode_text
 from router.kserve.face import INPUTS, MAX_STOP_WORDS, OUTPUTS, InputSpec
 from router.kserve.tensors import JSON_ERRORS, Values, invalid, short, text
 from router.models import Model
 from router.types import GenerationRequest
 
-_INLINE_CHARACTERS = 4096
-"""Longer prompts are tokenised in a thread: more would keep the event loop for over a millisecond."""
 _RESERVED = frozenset({"sequence_id", "sequence_start", "sequence_end", "binary_data_output", "headers"})
 """Request parameters of Triton's own that say nothing about sampling."""
 _MAX_SEED = 2**64
@@ -151,7 +149,7 @@ async def _prompt(inputs: _Inputs, model: Model, options: Options) -> tuple[str,
     if prompt is None:
         token_ids, name = _id_bytes(ids or []), "input_ids"
     else:
-        token_ids, name = await _encode(model, prompt, options.add_special_tokens), "text_input"
+        token_ids, name = await encode_text(model, prompt, options.add_special_tokens), "text_input"
     count = len(token_ids) // 4
     if count == 0:
         raise invalid(name, "is empty")
@@ -160,12 +158,6 @@ async def _prompt(inputs: _Inputs, model: Model, options: Options) -> tuple[str,
             f"input '{name}': {count} tokens leave no room in the model's context of {model.max_context}", param=name
         )
     return prompt or "", token_ids
-
-
-async def _encode(model: Model, prompt: str, add_special_tokens: bool) -> bytes:
-    if len(prompt) <= _INLINE_CHARACTERS:
-        return model.tokenizer.encode(prompt, add_special_tokens)
-    return await asyncio.to_thread(model.tokenizer.encode, prompt, add_special_tokens)
 
 
 def _id_bytes(ids: Values) -> bytes:

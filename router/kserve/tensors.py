@@ -107,7 +107,7 @@ def text(name: str, value: bytes) -> str:
 def refuse_shared_memory(kind: str, name: str, parameters: Mapping[str, Any]) -> None:
     """Raises `Unimplemented` for a tensor that lies in a shared memory region."""
     if "shared_memory_region" in parameters:
-        raise Unimplemented(f"{kind} '{name[:64]}': shared memory is not supported by this router")
+        raise Unimplemented(f"{kind} {short(name)}: shared memory is not supported by this router")
 
 
 def short(value: object) -> str:

@@ -17,6 +17,7 @@ from kvstore.cards import InstanceCard
 from kvstore.text import Tokenizer
 from kvstore.wire import TokenLogprob
 from router.config import RouterConfig
+from router.http.protocol import Connection
 from router.kserve.grpc import KServeGrpc
 from router.kserve.http import routes
 from router.metrics import Metrics
@@ -128,7 +129,7 @@ class Faces(threading.Thread):
         app = Starlette(routes=routes(self.models, self.generator, self.metrics, config))
         listener = socket.create_server(("127.0.0.1", 0))
         self.http_port = listener.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning", http=Connection))
         async with AsyncExitStack() as stack:
             grpc = KServeGrpc(self.models, self.generator, self.metrics, "127.0.0.1", 0)
             self.grpc_port = (await stack.enter_async_context(grpc)).port
@@ -175,6 +176,12 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def model(tokenizer: Tokenizer) -> Model:
     return make_model(tokenizer)
+
+
+@pytest.fixture
+def echo(tokenizer: Tokenizer) -> EchoGenerator:
+    """A generator without a server."""
+    return EchoGenerator(tokenizer)
 
 
 @pytest.fixture(scope="module")
