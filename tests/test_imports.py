@@ -30,7 +30,7 @@ PLACES = {
     "starlette": ["router/*"],
     "uvicorn": ["router/*"],
     "tokenizers": ["kvstore/text.py", "router/*"],
-    "typer": ["backends/dynamo_llm/cli/*", "router/cli.py"],
+    "typer": ["backends/dynamo_llm/cli/*", "router/cli.py", "router/__main__.py"],
     "rich": ["backends/dynamo_llm/cli/*", "router/cli.py"],
 }
 

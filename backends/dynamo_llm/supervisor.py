@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -160,7 +159,8 @@ class Child:
         self.life.started()
         self._last_line, self._shm = "", set()
         self._mark = f"{self._run}/{self.spec.name}/{self.life.starts}"
-        scratch = tempfile.mkdtemp(prefix=f"{self.spec.name}-", dir=self._scratch)
+        scratch = os.path.join(self._scratch, self.spec.name)  # short, as the paths of unix sockets have to be
+        os.makedirs(scratch, exist_ok=True)
         try:
             await self._attend(self._spawn(scratch))
         except OSError as error:

@@ -19,15 +19,17 @@ ENTRY_POINTS = "dynamo_llm.commands"
 _OWN = {name: EntryPoint(name, f"dynamo_llm.cli.{name}:{name}", ENTRY_POINTS) for name in ("up", "worker", "status")}
 _ORDER = ("up", "worker", "router", "status")
 
-EPILOG = """[bold]Examples[/bold]
+EPILOG = """[bold]A cluster on this machine[/bold]
 
-  dynamo-llm up --model model_repository/demo --workers 2    [dim]a cluster on this machine[/dim]
+  dynamo-llm up --model model_repository/demo --workers 2
 
-  dynamo-llm status --watch    [dim]what it is doing[/dim]
+  dynamo-llm status --watch
 
-  dynamo-llm worker --model DIR --redis redis://HOST:6379    [dim]one worker, on a node of yours[/dim]
+[bold]Or on several, around a Redis of yours[/bold]
 
-  dynamo-llm router --redis redis://HOST:6379 --host 0.0.0.0    [dim]and a router in front of them[/dim]
+  dynamo-llm worker --model DIR --redis redis://HOST:6379 --host ADDRESS
+
+  dynamo-llm router --redis redis://HOST:6379 --host 0.0.0.0
 """
 
 

@@ -45,7 +45,6 @@ EPILOG = """[bold]Examples[/bold]
 """
 
 _POLICIES = {"agg": "round-robin", "agg-router": "kv"}
-_THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 _EXIT_MARGIN_S = 15.0
 """Beyond its drain, a child has so long to close what it holds."""
 
@@ -78,28 +77,28 @@ class Plan:
     def router(self) -> ChildSpec:
         argv = ["router", "--host", self.host, "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
         argv += ["--policy", _POLICIES[self.mode], "--drain-timeout", f"{self.drain_timeout_s:g}"]
-        return self._child("router", argv, {})
+        return self._child("router", argv)
 
     def worker(self, number: int) -> ChildSpec:
         argv = ["worker", "--model", self.model_path, "--name", self.model_name, "--engine", self.engine]
-        for key, value in self.engine_options.items():
+        for key, value in {**self._share(), **self.engine_options}.items():
             argv += ["--engine-option", f"{key}={json.dumps(value)}"]
         argv += ["--drain-timeout", f"{self.drain_timeout_s:g}"]
-        return self._child(f"worker-{number}", argv, self._threads())
+        return self._child(f"worker-{number}", argv)
 
-    def _child(self, name: str, argv: list[str], environment: dict[str, str]) -> ChildSpec:
+    def _child(self, name: str, argv: list[str]) -> ChildSpec:
         return ChildSpec(
             name,
             [sys.executable, "-m", "dynamo_llm", *argv, "--namespace", self.namespace],
             # By the environment: a command line is for everybody on the machine to read, and a URL may hold a password.
-            {"DYNAMO_LLM_REDIS": self.redis_url, **environment},
+            {"DYNAMO_LLM_REDIS": self.redis_url},
             self.start_timeout_s,
         )
 
-    def _threads(self) -> dict[str, str]:
-        """A share of the cores for each worker: more threads than cores slow all of them down."""
-        share = max(1, len(os.sched_getaffinity(0)) // self.workers)
-        return {name: str(share) for name in _THREADS if name not in os.environ}
+    def _share(self) -> dict[str, Any]:
+        """Each worker's share of the cores: more threads than cores slow all of them down."""
+        cores = len(os.sched_getaffinity(0))
+        return {"threads": max(1, cores // self.workers)} if self.engine == "torch" else {}
 
 
 def up(
@@ -181,7 +180,7 @@ def up(
 @contextlib.contextmanager
 def _scratch() -> Iterator[str]:
     """A folder for all temporary files of the cluster, those of the embedded Redis included."""
-    with tempfile.TemporaryDirectory(prefix="dynamo-llm-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="dynamo-", ignore_cleanup_errors=True) as folder:
         before, tempfile.tempdir = tempfile.tempdir, folder
         try:
             yield folder
@@ -274,7 +273,7 @@ async def _until_served(router: Child, workers: list[Child]) -> None:
         wanted = {_field(worker.ready_line, "instance") for worker in workers}
         with contextlib.suppress(CommandError):
             status = await asyncio.to_thread(fetch_status, router.ready_line.split()[1])
-            if wanted <= {i["instance"] for i in status["instances"] if i.get("connected", True)}:
+            if status["ready"] and wanted <= {i["instance"] for i in status["instances"] if i["ready"]}:
                 return
         await asyncio.sleep(0.1)
 
