@@ -60,7 +60,7 @@ class Application:
         async with AsyncExitStack() as stack:
             config = self.config
             listener = stack.enter_context(contextlib.closing(_bind(config.host, config.http_port)))
-            redis = await stack.enter_async_context(connect(config.redis_url, client_name="dynamo-llm router"))
+            redis = await stack.enter_async_context(connect(config.redis_url, client_name="dynamo-llm-router"))
             registry = Registry(redis, Keys(namespace=config.namespace))
             self.pool = await stack.enter_async_context(Pool(registry, self.models, self.metrics, config))
             self.generation = Generation(self.models, self.pool, self.metrics, config)
