@@ -120,10 +120,10 @@ def test_the_table_shows_instances_and_index(
     assert _status(monkeypatch, "--url", router.url + "/") == 0
     lines = capsys.readouterr().out.splitlines()
     first = next(line for line in lines if "00000000000000a1" in line)
-    assert " ".join(first.split()) == "00000000000000a1 demo agg torch 127.0.0.1:8101 ready 3 2 1 11 22 2,048"
+    assert " ".join(first.split()) == "00000000000000a1 demo agg torch 127.0.0.1:8101 ready 3 2/1 11/22/2,048"
     second = next(line for line in lines if "00000000000000a2" in line)
     assert "not connected: refused" in second
-    index = next(line for line in lines if line.startswith("demo"))
+    index = next(line for line in lines if line.split()[:1] == ["demo"])
     assert " ".join(index.split()) == "demo 2 16 33 4.2 7 5 6 0"
     assert "Redis lost" in lines[0]
 

@@ -70,7 +70,7 @@ def _watch_table(url: str) -> None:
 
 def render(document: dict[str, Any]) -> RenderableType:
     """The router's `/status` for people."""
-    return Group(_headline(document), _instances(document["instances"]), _models(document["models"]))
+    return Group(_headline(document), "", _instances(document["instances"]), "", _models(document["models"]))
 
 
 def _headline(document: dict[str, Any]) -> RenderableType:
@@ -83,7 +83,7 @@ def _headline(document: dict[str, Any]) -> RenderableType:
 def _instances(instances: list[dict[str, Any]]) -> RenderableType:
     table = _table(
         ("instance", "model", "role", "engine", "address", "state"),
-        ("in flight", "running", "waiting", "KV used", "cached", "total"),
+        ("in\nflight", "running/\nwaiting", "KV used/\ncached/total"),
     )
     for instance in instances:
         load = instance["load"] or {}
@@ -94,8 +94,9 @@ def _instances(instances: list[dict[str, Any]]) -> RenderableType:
         table.add_row(
             *(str(instance[key]) for key in ("instance", "model", "role", "engine", "address")),
             state,
-            *(f"{count:,}" for count in (instance["inflight"], load.get("running", 0), load.get("waiting", 0))),
-            *(f"{instance[key]:,}" for key in ("kv_blocks_used", "kv_blocks_cached", "kv_blocks_total")),
+            f"{instance['inflight']:,}",
+            f"{load.get('running', 0):,}/{load.get('waiting', 0):,}",
+            "/".join(f"{instance[f'kv_blocks_{what}']:,}" for what in ("used", "cached", "total")),
         )
     return table if instances else Text("no instance is registered", "yellow")
 
@@ -103,7 +104,7 @@ def _instances(instances: list[dict[str, Any]]) -> RenderableType:
 def _models(models: list[dict[str, Any]]) -> RenderableType:
     table = _table(
         ("model",),
-        ("instances", "block size", "index blocks", "lag ms", "behind", "gaps", "resyncs", "unsynced"),
+        ("instances", "block\nsize", "index\nblocks", "lag ms", "behind", "gaps", "resyncs", "unsynced"),
     )
     for model in models:
         index = model["index"] or {}
@@ -118,11 +119,11 @@ def _models(models: list[dict[str, Any]]) -> RenderableType:
 
 
 def _table(texts: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for column in texts:
-        table.add_column(column)
+        table.add_column(column, no_wrap=column in ("instance", "address"))
     for column in numbers:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
