@@ -19,6 +19,9 @@ from router.kserve.outbox import Outbox, Prepare, Run
 from router.kserve.response import Parameters, Response
 from router.types import Generator
 
+STALL_TIMEOUT_S = 60.0
+"""How long an event waits for a client that does not read."""
+
 _T = TypeVar("_T")
 
 
@@ -89,8 +92,15 @@ class _Writer:
         """An event is on its way by ASGI: others must not overtake it."""
 
     async def write(self, response: Response | RouterError) -> None:
+        """By ASGI, which waits while the socket is full. Raises `ClientGone` for a client that does not read at all."""
+        message = {"type": "http.response.body", "body": self._event(response), "more_body": True}
         self._waiting = True
-        await self._send({"type": "http.response.body", "body": self._event(response), "more_body": True})
+        try:
+            await asyncio.wait_for(self._send(message), STALL_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            if self._connection is not None:
+                self._connection.transport.abort()
+            raise ClientGone from None
         self._waiting = False
         self.opened = True
 

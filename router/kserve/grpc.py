@@ -80,7 +80,8 @@ class KServeGrpc:
         server = grpc.aio.server(options=self._options)
         server.add_generic_rpc_handlers((self._handlers(),))
         try:
-            self.port = server.add_insecure_port(f"{self._host}:{self.port}")
+            host = f"[{self._host}]" if ":" in self._host else self._host
+            self.port = server.add_insecure_port(f"{host}:{self.port}")
         except RuntimeError as error:
             raise PortBusy(f"gRPC cannot listen on {self._host}:{self.port}: {error}") from None
         await server.start()

@@ -61,20 +61,21 @@ Handler = Callable[[Request], Awaitable[HttpResponse]]
 def routes(models: Models, generator: Generator, metrics: Metrics, config: RouterConfig) -> list[Route]:
     """Everything under `/v2`. The first route that fits a path counts, so longer paths come first."""
     face = _Http(models, generator, metrics, config)
-    table: list[tuple[str, str, Handler]] = [
+    table: list[tuple[str, str, Handler]] = []
+    for base in _MODEL_PATHS:
+        table += [
+            ("POST", f"{base}/infer", partial(face.counted, "kserve_infer", face.infer)),
+            ("POST", f"{base}/generate", partial(face.counted, "kserve_generate", face.generate)),
+            ("POST", f"{base}/generate_stream", partial(face.counted, "kserve_generate_stream", face.generate_stream)),
+            ("GET", f"{base}/ready", face.model_ready),
+            ("GET", f"{base}/config", face.model_config),
+        ]
+    table += [
         ("GET", "/v2", face.server),
         ("GET", "/v2/health/live", face.live),
         ("GET", "/v2/health/ready", face.ready),
     ]
     table += [(method, path, face.unimplemented) for path in _UNIMPLEMENTED for method in ("GET", "POST")]
-    for base in _MODEL_PATHS:
-        table += [
-            ("GET", f"{base}/ready", face.model_ready),
-            ("GET", f"{base}/config", face.model_config),
-            ("POST", f"{base}/infer", partial(face.counted, "kserve_infer", face.infer)),
-            ("POST", f"{base}/generate", partial(face.counted, "kserve_generate", face.generate)),
-            ("POST", f"{base}/generate_stream", partial(face.counted, "kserve_generate_stream", face.generate_stream)),
-        ]
     table += [("GET", base, face.model_metadata) for base in _MODEL_PATHS]
     rest = Route("/v2/{rest:path}", _answering(face.unknown), methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
     return [*(Route(path, _answering(handler), methods=[method]) for method, path, handler in table), rest]
