@@ -51,23 +51,36 @@ def request(message: pb.ModelInferRequest, model: Model) -> InferRequest:
 
 def response(answer: Response, model: str, request_id: str) -> pb.ModelInferResponse:
     """Encode a response; all outputs are raw."""
-    message = pb.ModelInferResponse(model_name=model, model_version=MODEL_VERSION, id=request_id)
-    for tensor in answer.outputs:
-        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=(len(tensor.values),))
-        message.raw_output_contents.append(to_raw(tensor))
-    _set_parameters(message, answer.parameters)
+    message = pb.ModelInferResponse()
+    _fill(message, answer, model, request_id)
     return message
 
 
 def stream_response(item: Item) -> pb.ModelStreamInferResponse:
     """Encode an item of a stream: a response that says whether it is the last, or an error in band."""
-    answer = item.response
+    message, answer = pb.ModelStreamInferResponse(), item.response
+    inner = message.infer_response
     if isinstance(answer, RouterError):
-        empty = pb.ModelInferResponse(id=item.run.request_id)
-        return pb.ModelStreamInferResponse(error_message=answer.message, infer_response=empty)
-    message = response(answer, item.run.model, item.run.request_id)
-    message.parameters["triton_final_response"].bool_param = answer.final
-    return pb.ModelStreamInferResponse(infer_response=message)
+        message.error_message = answer.message
+        inner.id = item.run.request_id
+    else:
+        _fill(inner, answer, item.run.model, item.run.request_id)
+        inner.parameters["triton_final_response"].bool_param = answer.final
+    return message
+
+
+def _fill(message: pb.ModelInferResponse, answer: Response, model: str, request_id: str) -> None:
+    """In place and field by field: nested messages that are passed to a constructor are copied, at twice the cost."""
+    message.model_name = model
+    message.model_version = MODEL_VERSION
+    message.id = request_id
+    for tensor in answer.outputs:
+        output = message.outputs.add()
+        output.name = tensor.name
+        output.datatype = tensor.datatype
+        output.shape.append(len(tensor.values))
+        message.raw_output_contents.append(to_raw(tensor))
+    _set_parameters(message, answer.parameters)
 
 
 def _values(tensor: pb.ModelInferRequest.InferInputTensor, count: int, raw: bytes | None) -> Values:
