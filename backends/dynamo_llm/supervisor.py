@@ -249,13 +249,12 @@ async def _exit_of(process: subprocess.Popen[bytes]) -> None:
 
 
 def _describe(returncode: int, last_line: str) -> str:
+    if returncode == 0:
+        return "exit code 0"  # what it wrote last is no reason then
+    text = f"exit code {returncode}"
     if returncode < 0:
         with contextlib.suppress(ValueError):
-            return _with_line(f"killed by {signal.Signals(-returncode).name}", last_line)
-    return _with_line(f"exit code {returncode}", last_line)
-
-
-def _with_line(text: str, last_line: str) -> str:
+            text = f"killed by {signal.Signals(-returncode).name}"
     return f"{text}: {last_line}" if last_line else text
 
 

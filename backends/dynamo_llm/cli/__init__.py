@@ -72,7 +72,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,  # a plain traceback reads better in a log, and its last line says it all
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EPILOG,
 )
