@@ -28,6 +28,8 @@ REFUSED = 2
 """Exit code of a child that cannot be started with these arguments; the command line's own."""
 # Triton's `I1122 13:37:00.1 …` and its verbose lines, and what Python's logging writes with the level's name in it.
 _CHATTER = re.compile(r"^[IV]\d{4} |^(INFO|DEBUG)\b|[\s\[-](INFO|DEBUG)[\s:\]-]")
+# How our own commands begin such a line; said once is enough.
+_OWN_WORDS = re.compile(r"^dynamo-llm[\w -]*: (cannot start: )?")
 _MAX_LINE = 8192
 _LEFTOVER_GRACE_S = 1.0
 """What a child left behind gets this long to end by itself: a resource tracker unlinks what it knows of then."""
@@ -127,7 +129,7 @@ class Child:
             if delay_s is None:
                 self._tell("failed", self.reason)
                 if refused:
-                    raise ChildRefused(f"{self.spec.name} cannot start: {self._last_line}")
+                    raise ChildRefused(f"{self.spec.name} cannot start: {_OWN_WORDS.sub('', self._last_line)}")
                 raise ChildFailed(f"{self.spec.name} failed {self.life.failures} times at its start: {self.reason}")
             self._tell("died", f"{self.reason}; starts again in {delay_s:g} s")
             self.pid = 0

@@ -128,7 +128,9 @@ async def test_a_child_that_cannot_start_is_given_up_with_its_reason(log: Log, t
 async def test_a_child_that_refuses_its_arguments_is_given_up_at_once(log: Log, tmp_path: Path) -> None:
     """Exit code 2 before it was ever ready: the reason is its last line, and nothing is tried again."""
     async with Supervisor(log, str(tmp_path), QUICK) as supervisor:
-        supervisor.start(_spec("import sys; print('no such option', file=sys.stderr); sys.exit(2)"))
+        supervisor.start(
+            _spec("import sys; print('dynamo-llm worker: cannot start: no such option', file=sys.stderr); sys.exit(2)")
+        )
         with pytest.raises(ChildRefused, match=r"^worker-1 cannot start: no such option$"):
             await asyncio.wait_for(supervisor.wait(), 30)
     assert len(log.of("starting")) == 1
