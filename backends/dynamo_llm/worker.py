@@ -107,7 +107,7 @@ class _Worker:
         return OK
 
     async def _run(self, stack: AsyncExitStack, create: CreateEngine) -> int:
-        """Everything that is opened closes in reverse order: lease, metrics, Triton, engine, events, Redis."""
+        """Everything that is opened closes in reverse order: lease, Triton, metrics, engine, events, Redis."""
         config = self._config
         engine = await asyncio.to_thread(create, config.engine, self._folder, self._model, config.engine_options)
         stack.push_async_callback(asyncio.to_thread, engine.close)
@@ -117,9 +117,9 @@ class _Worker:
         stack.push_async_callback(asyncio.to_thread, engine.close)  # again: it must not outlive the publisher
         service = self._service(engine, events)
         files = _read_files(self._folder)
-        host = await self._open_host(stack, service, files)
-        server = MetricsServer(config.host, config.metrics_port, service.metrics.registry, lambda: _trouble(service))
+        server = _open_metrics(config, service)
         stack.push_async_callback(asyncio.to_thread, server.close)
+        host = await self._open_host(stack, service, files)
         registry = Registry(redis, keys)
         blob = await self._insist(lambda: registry.put_blob(msgspec.msgpack.encode(files)))
         card = self._card(engine, host, server.port, blob)
@@ -307,6 +307,16 @@ def _tokenizer(files: dict[str, bytes]) -> Tokenizer | None:
         raise ConfigError(str(error)) from None
 
 
+def _open_metrics(config: WorkerConfig, service: Service) -> MetricsServer:
+    def trouble() -> str | None:
+        return service.failure or ("draining" if service.draining else None)
+
+    try:
+        return MetricsServer(config.host, config.metrics_port, service.metrics.registry, trouble)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {config.host}:{config.metrics_port}: {error.strerror}") from None
+
+
 def _own_address(host: str) -> str:
     """Where others reach a server that is bound to `host`."""
     if host not in ("0.0.0.0", "::"):
@@ -315,10 +325,6 @@ def _own_address(host: str) -> str:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
         raise ConfigError(f"--host {host} does not say where routers find this worker: set advertise_host") from None
-
-
-def _trouble(service: Service) -> str | None:
-    return service.failure or ("draining" if service.draining else None)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

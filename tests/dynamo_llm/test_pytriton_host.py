@@ -106,7 +106,7 @@ class Router:
         while True:
             try:
                 reason = (await self.frame()).end
-            except EOFError:
+            except EOFError:  # noqa: PERF203 - the end of the stream
                 return reason
 
     async def control(self, *commands: Command) -> list[wire.Reply]:

@@ -37,7 +37,7 @@ from dynamo_llm.service import Service, ServiceError
 from kvstore.wire import CONTROL_SUFFIX, PAYLOAD, SESSION_SUFFIX
 
 START_TIMEOUT_S = 120.0
-EXIT_TIMEOUT_S = 3
+EXIT_TIMEOUT_S = 5
 """For the server to send what we gave it. A stream whose client went away can make it wait for the whole time."""
 _SOCKET_PATH_LIMIT = 107
 _LONGEST_SOCKET = "/{}.session_0_0-server.sock"

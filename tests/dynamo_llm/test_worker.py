@@ -1,0 +1,329 @@
+"""A worker as a process: registration, an orderly end, and what a sudden one leaves over."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from redis.asyncio import Redis
+from test_pytriton_host import Router, submit
+from worker_process import FATAL_TOKEN
+
+from dynamo_llm import process_tree
+from kvstore.embedded import EmbeddedRedis
+from kvstore.events import EventReader
+from kvstore.keys import Keys
+from kvstore.registry import Registry
+from kvstore.wire import Stats, StatsReply
+
+ROOT = Path(__file__).parents[2]
+MODEL = str(ROOT / "model_repository/demo")
+START_S = 60.0
+
+
+class Worker:
+    """The process, its output, and what to look for when it is gone."""
+
+    def __init__(self, tmp_path: Path, command: list[str], **options: Any) -> None:
+        self.mark = f"test-{uuid.uuid4().hex}"
+        self.temporary = tmp_path / "tmp"
+        self.temporary.mkdir(exist_ok=True)
+        options = {"model_path": MODEL, "engine_options": {"step_s": 0.01}, **options}
+        self.process = subprocess.Popen(
+            [sys.executable, *command, json.dumps(options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            cwd=ROOT / "tests/dynamo_llm",
+            env={**os.environ, process_tree.MARK_VARIABLE: self.mark, "TMPDIR": str(self.temporary)},
+        )
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._readers = [
+            threading.Thread(target=_collect, args=(pipe, lines), daemon=True)
+            for pipe, lines in ((self.process.stdout, self.out), (self.process.stderr, self.err))
+        ]
+        for reader in self._readers:
+            reader.start()
+        self.fields: dict[str, str] = {}
+        self.descendants: list[int] = []
+        self.regions: set[str] = set()
+
+    @property
+    def is_ready(self) -> bool:
+        if self.process.poll() is not None:
+            pytest.fail(f"the worker ended with {self.process.returncode}: {self.err}")
+        return any(line.startswith("ready ") for line in self.out)
+
+    def look(self) -> "Worker":
+        """Take in the ready line, and what runs and is mapped now."""
+        self.fields = dict(field.split("=", 1) for field in self.out[-1].split()[2:])
+        self.descendants = [pid for pid in process_tree.members(self.mark) if pid != self.process.pid]
+        self.regions = process_tree.shm_regions(self.descendants)
+        assert len(self.descendants) >= 4
+        assert self.regions
+        return self
+
+    @property
+    def nothing_left(self) -> bool:
+        return (
+            not process_tree.members(self.mark)
+            and not any(os.path.exists(region) for region in self.regions)
+            and not any(self.temporary.iterdir())
+        )
+
+    def wait(self) -> int:
+        code = self.process.wait(timeout=30.0)
+        for reader in self._readers:
+            reader.join(timeout=10.0)
+        return code
+
+    def clean(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.wait()
+        process_tree.reap(self.mark, self.regions)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def _collect(pipe: Any, lines: list[str]) -> None:
+    for line in pipe:
+        lines.append(line.rstrip("\n"))  # noqa: PERF401 - one by one, as they come
+
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def start(tmp_path: Path, redis_url: str, eventually: Callable[..., Any]) -> Iterator[Start]:
+    """`await start(**options)`: a worker that is ready, on a key prefix of the test's own."""
+    workers: list[Worker] = []
+
+    async def start(*, ready: bool = True, command: list[str] | None = None, **options: Any) -> Worker:
+        defaults = {"redis_url": redis_url, "key_prefix": uuid.uuid4().hex}
+        workers.append(Worker(tmp_path, command or ["worker_process.py"], **{**defaults, **options}))
+        worker = workers[-1]
+        if ready:
+            await eventually(lambda: worker.is_ready, timeout_s=START_S)
+            worker.look()
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.clean()
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+async def test_a_worker_registers_serves_and_drains(start: Start, redis: Redis, eventually: Callable[..., Any]) -> None:
+    """Ready means registered; SIGTERM lets the request in flight end, and nothing is left of the worker."""
+    worker = await start(key_prefix="drains")
+    registry = Registry(redis, Keys("drains"))
+    (card,) = await registry.instances()
+    assert card.instance == worker.fields["instance"]
+    assert card.grpc_address == worker.fields["grpc"]
+    assert (card.model, card.engine, card.kv_blocks, card.pid) == ("demo", "scripted", 64, worker.process.pid)
+    files = msgspec.msgpack.decode(await registry.get_blob(card.model_files) or b"", type=dict[str, bytes])
+    assert files["tokenizer.json"] == (Path(MODEL) / "1/model/tokenizer.json").read_bytes()
+
+    router = Router(card.grpc_address, "router")
+    await router.open()
+    await router.frame()
+    await router.control(submit(1, 100, 100))
+    (stats,) = await router.control(Stats())
+    assert isinstance(stats, StatsReply)
+    assert (stats.instance, stats.epoch) == (card.instance, card.epoch)
+    assert get(worker.fields["metrics"].replace("/metrics", "/health")) == (200, '{"status": "ok"}')
+    worker.process.send_signal(signal.SIGTERM)
+    received: list[int] = []
+    end = finish = None
+    while end is None:
+        frame = await router.frame()
+        end = frame.end
+        for output in frame.outputs:
+            received += output.token_ids
+            finish = output.finish_reason
+    await router.channel.close()
+    assert (end, finish, received) == ("drained", "length", list(range(101, 201)))
+    assert worker.wait() == 0
+    assert worker.err == []
+    assert len(worker.out) == 1
+    assert worker.nothing_left
+    assert await registry.instances() == []
+
+
+async def test_events_and_figures_tell_what_the_engine_did(start: Start, redis: Redis) -> None:
+    """The stream carries the engine's blocks, /metrics the requests, tokens and frames."""
+    worker = await start(key_prefix="figures")
+    router = Router(worker.fields["grpc"], "router")
+    await router.open()
+    await router.frame()
+    assert await router.run(submit(1, 10, 20), submit(2, 50, 5)) == {1: list(range(11, 31)), 2: list(range(51, 56))}
+    reader = EventReader(redis, Keys("figures").events("demo", 16))
+    ops = []
+    while len(ops) < 2:
+        ops += [op for entry in await reader.read() for op in entry.batch.ops]
+    assert [op.hashes for op in ops] == [[1], [2]]
+    status, text = get(worker.fields["metrics"])
+    figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    await router.channel.close()
+    assert status == 200
+    name = 'dynamo_llm_worker_{}{{model="demo"}}'.format
+    assert figures[name("generated_tokens_total")] == "25.0"
+    assert figures[name("prompt_tokens_total")] == "4.0"
+    assert figures[name("sessions")] == "1.0"
+    assert float(figures[name("frames_total")]) >= 20
+    assert figures[name("time_to_first_token_seconds_count")] == "2.0"
+    assert figures[name("inter_token_latency_seconds_count")] == "23.0"
+    assert figures['dynamo_llm_worker_requests_total{finish_reason="length",model="demo"}'] == "2.0"
+    assert get(worker.fields["metrics"] + "/no")[0] == 404
+
+
+async def test_a_killed_worker_leaves_nothing(start: Start, eventually: Callable[..., Any]) -> None:
+    """kill -9 with a request in flight: within seconds there is no process, no shared memory and no file of it."""
+    worker = await start()
+    router = Router(worker.fields["grpc"], "router")
+    await router.open()
+    await router.frame()
+    await router.control(submit(1, max_tokens=None))
+    worker.process.kill()
+    assert worker.wait() == -signal.SIGKILL
+    await eventually(lambda: worker.nothing_left, timeout_s=10.0)
+    await router.channel.close()
+
+
+async def test_a_dead_engine_ends_the_worker(start: Start) -> None:
+    """The router hears of it in its last frame, the exit code is not 0, and one line says why."""
+    worker = await start()
+    router = Router(worker.fields["grpc"], "router")
+    await router.open()
+    await router.frame()
+    await router.control(submit(1, FATAL_TOKEN))
+    frame = await router.frame()
+    while frame.end is None:
+        frame = await router.frame()
+    await router.channel.close()
+    assert frame.end == "engine_failure"
+    assert worker.wait() == 1
+    assert worker.err == ["dynamo-llm worker: the scripted engine met its fatal token"]
+    assert worker.nothing_left
+
+
+async def test_a_dead_triton_server_ends_the_worker(start: Start) -> None:
+    """A worker without its server is of no use to anyone: the supervisor is to start another."""
+    worker = await start()
+    (server,) = [pid for pid in worker.descendants if Path(f"/proc/{pid}/comm").read_text().startswith("tritonserver")]
+    os.kill(server, signal.SIGKILL)
+    assert worker.wait() == 1
+    assert worker.err[0].startswith("dynamo-llm worker: the Triton server ended")
+    assert worker.nothing_left
+
+
+async def test_requests_that_outlast_the_drain_are_cancelled(start: Start) -> None:
+    """After `drain_timeout_s` they get their one final output, even if Triton's processes got the Ctrl-C, too."""
+    worker = await start(drain_timeout_s=0.2)
+    router = Router(worker.fields["grpc"], "router")
+    await router.open()
+    await router.frame()
+    await router.control(submit(1, max_tokens=None))
+    os.killpg(worker.process.pid, signal.SIGINT)
+    outputs, end = [], None
+    while end is None:
+        frame = await router.frame()
+        outputs, end = outputs + frame.outputs, frame.end
+    await router.channel.close()
+    assert [output.finish_reason for output in outputs if output.finish_reason] == ["cancelled"]
+    assert end == "drained"
+    assert worker.wait() == 0
+
+
+async def test_a_second_signal_ends_it_at_once(start: Start, eventually: Callable[..., Any]) -> None:
+    """Whatever is in flight; and nothing is left all the same."""
+    worker = await start(drain_timeout_s=600.0)
+    router = Router(worker.fields["grpc"], "router")
+    await router.open()
+    await router.frame()
+    await router.control(submit(1, max_tokens=None))
+
+    def signalled() -> bool:
+        worker.process.send_signal(signal.SIGTERM)
+        return worker.process.poll() is not None
+
+    await eventually(signalled, timeout_s=30.0)
+    await router.channel.close()
+    assert worker.wait() == 1
+    assert worker.err == ["dynamo-llm worker: stopped at once"]
+    await eventually(lambda: worker.nothing_left)
+
+
+async def test_a_worker_waits_for_redis(
+    start: Start, redis_server: EmbeddedRedis, eventually: Callable[..., Any]
+) -> None:
+    """It says once that it waits, and is ready when Redis is there."""
+    redis_server.stop()
+    worker = await start(ready=False, redis_url=redis_server.url)
+    await eventually(lambda: any("waiting for Redis" in line for line in worker.err), timeout_s=START_S)
+    assert worker.out == []
+    redis_server.start()
+    await eventually(lambda: worker.is_ready, timeout_s=START_S)
+    assert len(worker.err) == 1
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() == 0
+
+
+async def test_a_signal_while_it_waits_for_redis_ends_it(
+    start: Start, redis_server: EmbeddedRedis, eventually: Callable[..., Any]
+) -> None:
+    """There is nothing to drain."""
+    redis_server.stop()
+    worker = await start(ready=False, redis_url=redis_server.url)
+    await eventually(lambda: len(worker.err) == 1, timeout_s=START_S)
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert worker.nothing_left
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_path": "/no/such/model"}, "model folder '/no/such/model' does not exist"),
+        ({"model_path": str(ROOT / "tests")}, "holds neither config.json nor 1/model/config.json"),
+        ({"redis_url": "http://nowhere"}, "redis://"),
+        ({"model_name": "a/b"}, "model name 'a/b' cannot be served"),
+        ({"grpc_port": "BUSY"}, "cannot listen on 127.0.0.1:"),
+        ({"metrics_port": "BUSY"}, "cannot listen on 127.0.0.1:"),
+    ],
+)
+async def test_what_cannot_start_says_so_in_one_line(start: Start, options: dict[str, Any], message: str) -> None:
+    """Exit code 2, one line on stderr, nothing left."""
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        options = {key: busy.getsockname()[1] if value == "BUSY" else value for key, value in options.items()}
+        worker = await start(ready=False, **options)
+        assert worker.wait() == 2
+    (line,) = worker.err
+    assert line.startswith("dynamo-llm worker: cannot start: ")
+    assert message in line
+    assert worker.nothing_left
