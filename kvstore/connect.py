@@ -5,12 +5,13 @@ of redis-py (`ssl_ca_certs`, `ssl_cert_reqs`, `ssl_certfile`, `ssl_keyfile`, `ss
 the URL.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
@@ -33,14 +34,13 @@ _SCHEMES = ("redis", "rediss", "unix")
 async def connect(url: str, *, timeout_s: float = 5.0, client_name: str = "dynamo-llm") -> AsyncIterator[Redis]:
     """A client whose server has been seen to answer and to be new enough; its connections are closed at the end.
 
-    `timeout_s` bounds connecting and each command; a command that meets a broken connection is tried twice again, so
-    short interruptions stay unseen. Raises `StoreConfigError`, `StoreRefused` or `StoreUnavailable`, in one line.
+    `timeout_s` bounds connecting and each command; a command that meets a broken connection is tried once again, so
+    that an idle connection may break unseen. Raises `StoreConfigError`, `StoreRefused` or `StoreUnavailable`.
     """
     redis = _client(url, timeout_s, client_name)
     try:
         with store_errors(redis):
-            await redis.ping()
-            await _require_version(redis)
+            await _check(redis, 2 * timeout_s)
         yield redis
     finally:
         await redis.aclose()
@@ -93,20 +93,29 @@ def _client(url: str, timeout_s: float, client_name: str) -> Redis:
         "socket_connect_timeout": timeout_s,
         "socket_keepalive": True,
         "health_check_interval": 15,
-        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), 1),
         "client_name": client_name,
     }
     if scheme == "unix":
         del options["socket_keepalive"]
     try:
         _ = urlsplit(url).port  # raises for a port that is no number, with a clearer message than redis-py's
-        redis = Redis.from_url(url, **options)
+        pool = ConnectionPool.from_url(url, **options)
         # One reply shape whatever redis-py's default or the URL says.
-        redis.connection_pool.connection_kwargs.update(protocol=2, decode_responses=False)
-        redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # an unknown option in the URL shows here, as a TypeError
+        pool.connection_kwargs.update(protocol=2, decode_responses=False)
+        pool.connection_class(**pool.connection_kwargs)  # an unknown option in the URL shows here, as a TypeError
     except (TypeError, ValueError) as error:
         raise StoreConfigError(f"the Redis URL cannot be used: {error}") from None
-    return redis
+    return Redis.from_pool(pool)
+
+
+async def _check(redis: Redis, timeout_s: float) -> None:
+    """redis-py tries again both to connect and to send: bound the whole."""
+    try:
+        await asyncio.wait_for(redis.ping(), timeout_s)
+        await asyncio.wait_for(_require_version(redis), timeout_s)
+    except asyncio.TimeoutError:
+        raise TimeoutError("no answer to the first command") from None
 
 
 async def _require_version(redis: Redis) -> None:

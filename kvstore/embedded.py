@@ -27,7 +27,7 @@ _DIR_PREFIX = "dynamo-redis-"
 
 
 class EmbeddedRedis:
-    """One redis-server, as a context manager. `start` may be called again after `stop` or `kill`, at the same address.
+    """One redis-server, as a context manager. After `kill`, `start` brings an empty one up at the same address.
 
     By default it listens on a unix socket in a directory that only this user can enter; with `port` it listens on
     127.0.0.1 instead (0: a free port).
@@ -37,11 +37,14 @@ class EmbeddedRedis:
     server does not come up.
     """
 
-    def __init__(self, *, port: int | None = None, password: str = "", start_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, *, port: int | None = None, password: str = "", start_timeout_s: float = 10.0, stop_timeout_s: float = 5.0
+    ):
         self._binary = find_server()
         self._port = _free_port() if port == 0 else port
         self._password = password
         self._start_timeout_s = start_timeout_s
+        self._stop_timeout_s = stop_timeout_s
         self._dir: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -63,6 +66,8 @@ class EmbeddedRedis:
         """Returns when the server answers: some 20 ms."""
         if self.pid is not None:
             return
+        if self._port is not None and _is_taken(self._port):
+            raise StoreUnavailable(f"the embedded Redis cannot start: port {self._port} of 127.0.0.1 is taken")
         if self._dir is None:
             _sweep()
             self._dir = Path(tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-"))
@@ -151,7 +156,7 @@ class EmbeddedRedis:
         if process.poll() is None:
             process.send_signal(signum)
         try:
-            process.wait(timeout=5.0)
+            process.wait(timeout=self._stop_timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -192,6 +197,17 @@ def _sweep() -> None:
         pid = folder.name.removeprefix(_DIR_PREFIX).split("-")[0]
         if pid.isdigit() and not Path("/proc", pid).exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_taken(port: int) -> bool:
+    """Asked beforehand: otherwise the server that has the port would answer in place of ours."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
 
 
 def _free_port() -> int:

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from kvstore.batches import decode_batch, encode_batch, parse_id, split
-from kvstore.cards import EventBatch, KvOp
+from kvstore.cards import Digest, EventBatch, KvOp
 from kvstore.connect import store_errors, translate
 from kvstore.keys import RETENTION_S, Keys
 from kvstore.residency import Residency, pack
@@ -68,7 +68,7 @@ class EventPublisher:
         self._instance = instance
         self._heartbeat_s = heartbeat_s
         self._linger_s = linger_s
-        self._backlog_bytes = backlog_bytes
+        self._most_backlog_bytes = backlog_bytes
         self._stream_entries = stream_entries
         self._drop = drop
         # Under the lock: engine threads add to `_pending`, whoever seals moves it into `_outbox`.
@@ -89,6 +89,17 @@ class EventPublisher:
     def seq(self) -> int:
         """Of the last batch, sent or not."""
         return self._residency.seq
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Waiting to be sent."""
+        return self._outbox_bytes
+
+    def digest(self) -> Digest:
+        """Of all that was published so far. Any thread."""
+        with self._lock:
+            self._seal()
+            return self._residency.digest()
 
     async def __aenter__(self) -> "EventPublisher":
         self._loop = asyncio.get_running_loop()
@@ -169,7 +180,7 @@ class EventPublisher:
 
     def _queue(self, batch: bytes) -> None:
         """Under the lock. A full backlog goes as a whole: a thousand lost batches cost one resynchronisation too."""
-        if self._outbox_bytes + len(batch) > self._backlog_bytes:
+        if self._outbox_bytes + len(batch) > self._most_backlog_bytes:
             self.dropped_batches += len(self._outbox)
             self._outbox.clear()
             self._outbox_bytes = 0
@@ -221,8 +232,7 @@ class EventPublisher:
 class Entry(NamedTuple):
     """A batch, and where it stands in the stream."""
 
-    time_ms: int
-    """When Redis took it, milliseconds since 1970 by its clock."""
+    entry_id: str
     batch: EventBatch
 
 
@@ -288,7 +298,7 @@ class EventReader:
 
     def _decode(self, entry_id: bytes, fields: dict[bytes, bytes] | None) -> Entry | None:
         try:
-            return Entry(parse_id(entry_id)[0], decode_batch((fields or {}).get(FIELD, b"")))
+            return Entry(entry_id.decode(), decode_batch((fields or {}).get(FIELD, b"")))
         except ValueError as error:  # msgspec's errors are ValueErrors
             self.broken += 1
             if self.broken & (self.broken - 1) == 0:  # the 1st, 2nd, 4th, 8th …: a flood must not fill the log

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+_CANCEL_AGAIN_S = 0.5
 _log = logging.getLogger(__name__)
 
 
@@ -16,11 +17,16 @@ def spawn(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 
 
 async def stop(*tasks: asyncio.Task[None] | None) -> None:
-    """Cancel tasks and wait until they have ended. A cancellation of the caller goes through."""
-    running = [task for task in tasks if task is not None]
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
+    """Cancel tasks and wait until they have ended. A cancellation of the caller goes through.
+
+    Cancels again where once was not enough: up to Python 3.11 `asyncio.wait_for`, through which redis-py sends, loses a
+    cancellation that comes just as the send completes.
+    """
+    running = {task for task in tasks if task is not None and not task.done()}
+    while running:
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=_CANCEL_AGAIN_S)
 
 
 def _report(task: asyncio.Task[None]) -> None:
