@@ -28,6 +28,7 @@ from redis.asyncio import Redis
 
 from dynamo_llm import process_tree
 from dynamo_llm.config import ConfigError, WorkerConfig, resolve_model
+from dynamo_llm.engines import create_engine
 from dynamo_llm.engines.base import Engine, EngineError
 from dynamo_llm.hosts.base import HostError
 from dynamo_llm.hosts.pytriton import PyTritonHost, fits
@@ -68,7 +69,7 @@ class _Interrupted(Exception):
     """A signal came before the worker was ready."""
 
 
-def run(config: WorkerConfig, create: CreateEngine | None = None) -> int:
+def run(config: WorkerConfig, create: CreateEngine = create_engine) -> int:
     """Serve until a signal comes. Returns the exit code: 0 drained, 1 failed while running, 2 could not start.
 
     Call it on the main thread. `create` makes the engine from (name, model folder, model name, options).
@@ -76,7 +77,7 @@ def run(config: WorkerConfig, create: CreateEngine | None = None) -> int:
     try:
         folder, model = resolve_model(config.model_path, config.model_name)
         with _scratch_folder(model) as scratch, _no_leftovers(scratch):
-            return asyncio.run(_Worker(config, folder, model, scratch).run(create or _create_engine))
+            return asyncio.run(_Worker(config, folder, model, scratch).run(create))
     except (ConfigError, EngineError, HostError, StoreError, OSError) as error:
         _say(f"cannot start: {error}")
         return CANNOT_START
@@ -257,12 +258,6 @@ class _Worker:
             process_tree.reap(_mark())
             shutil.rmtree(self._scratch, ignore_errors=True)
             os._exit(FAILED)  # whatever is still running, a model that is being loaded for one, would hold us
-
-
-def _create_engine(name: str, folder: Path, model: str, options: dict[str, Any]) -> Engine:
-    from dynamo_llm.engines import create_engine  # brings the engine's packages: not before the options were checked
-
-    return create_engine(name, folder, model, options)
 
 
 def _mark() -> str:

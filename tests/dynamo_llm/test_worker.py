@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 from redis.asyncio import Redis
+from scripted_engine import tokens
 from test_pytriton_host import Router, submit
 from worker_process import FATAL_TOKEN
 
@@ -25,7 +26,7 @@ from kvstore.embedded import EmbeddedRedis
 from kvstore.events import EventReader
 from kvstore.keys import Keys
 from kvstore.registry import Registry
-from kvstore.wire import Stats, StatsReply
+from kvstore.wire import Done, SamplingParams, Snapshot, SnapshotReply, Stats, StatsReply, Submit
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "model_repository/demo")
@@ -39,7 +40,7 @@ class Worker:
         self.mark = f"test-{uuid.uuid4().hex}"
         self.temporary = tmp_path / "tmp"
         self.temporary.mkdir(exist_ok=True)
-        options = {"model_path": MODEL, "engine_options": {"step_s": 0.01}, **options}
+        options = {"model_path": MODEL, "engine": "scripted", "engine_options": {"step_s": 0.01}, **options}
         self.process = subprocess.Popen(
             [sys.executable, *command, json.dumps(options)],
             stdout=subprocess.PIPE,
@@ -198,6 +199,42 @@ async def test_events_and_figures_tell_what_the_engine_did(start: Start, redis: 
     assert figures[name("inter_token_latency_seconds_count")] == "23.0"
     assert figures['dynamo_llm_worker_requests_total{finish_reason="length",model="demo"}'] == "2.0"
     assert get(worker.fields["metrics"] + "/no")[0] == 404
+
+
+async def test_the_torch_engine_reuses_a_prefix_and_says_so(start: Start, redis: Redis) -> None:
+    """The whole worker with real parts: the same prompt twice gives the same tokens, cached the second time."""
+    worker = await start(key_prefix="torch", engine="torch", engine_options={})
+    (card,) = await Registry(redis, Keys("torch")).instances()
+    router = Router(card.grpc_address, "router")
+    await router.open()
+    await router.frame()
+    prompt = tokens(*range(300, 300 + 3 * card.block_size + 1))
+    answers, cached = [], []
+    for rid in (1, 2):
+        command = Submit(
+            rid=rid, token_ids=prompt, sampling=SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+        )
+        assert await router.control(command) == [Done()]
+        answers.append([])
+        finished = False
+        while not finished:
+            for output in (await router.frame()).outputs:
+                assert output.error is None
+                answers[-1] += output.token_ids
+                cached += [output.started.cached_tokens] if output.started else []
+                finished = output.finish_reason is not None
+    (snapshot,) = await router.control(Snapshot())
+    await router.channel.close()
+    assert len(answers[0]) == 8
+    assert answers[0] == answers[1]
+    assert cached == [0, 3 * card.block_size]
+    assert isinstance(snapshot, SnapshotReply)
+    (resident,) = snapshot.tiers
+    assert resident.tier == "device"
+    assert len(resident.hashes) // 8 >= 3
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert worker.nothing_left
 
 
 async def test_a_killed_worker_leaves_nothing(start: Start, eventually: Callable[..., Any]) -> None:

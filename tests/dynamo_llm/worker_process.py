@@ -1,4 +1,4 @@
-"""A worker process over the scripted engine; `test_worker.py` starts it with the worker's options as JSON."""
+"""A worker process, over the scripted engine by that name; `test_worker.py` starts it with its options as JSON."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,8 @@ import msgspec
 from scripted_engine import ScriptedEngine, tokens
 
 from dynamo_llm.config import WorkerConfig
-from dynamo_llm.engines.base import EngineRequest
+from dynamo_llm.engines import create_engine
+from dynamo_llm.engines.base import Engine, EngineRequest
 from dynamo_llm.worker import run
 
 FATAL_TOKEN = 666
@@ -23,8 +24,8 @@ class MortalEngine(ScriptedEngine):
             self.die("the scripted engine met its fatal token")
 
 
-def create(name: str, folder: Path, model: str, options: dict[str, Any]) -> MortalEngine:
-    return MortalEngine(model, **options)
+def create(name: str, folder: Path, model: str, options: dict[str, Any]) -> Engine:
+    return MortalEngine(model, **options) if name == "scripted" else create_engine(name, folder, model, options)
 
 
 if __name__ == "__main__":
