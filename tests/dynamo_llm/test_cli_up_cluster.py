@@ -63,6 +63,9 @@ class Cluster:
         """For the end of `up`: its exit code."""
         code = self.process.wait(PATIENCE_S)
         self._reader.join(PATIENCE_S)
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
         return code
 
     def left(self) -> list[str]:
