@@ -1,0 +1,171 @@
+"""Holds model and KV pool on their device, and turns a step's work into tokens. The engine's thread is the only caller."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.torch_engine.batch import Batch, build_batch
+from dynamo_llm.engines.torch_engine.config import TorchConfig
+from dynamo_llm.engines.torch_engine.model import Model
+from dynamo_llm.engines.torch_engine.model_config import ModelConfig, read_model_config
+from dynamo_llm.engines.torch_engine.operators import Operators, TorchOperators, allocate_pool
+from dynamo_llm.engines.torch_engine.rope import rope_table
+from dynamo_llm.engines.torch_engine.sampling import sample, token_logprobs
+from dynamo_llm.engines.torch_engine.scheduler import Work
+from dynamo_llm.engines.torch_engine.sequence import Sequence
+from dynamo_llm.engines.torch_engine.weights import load_weights
+from kvstore.wire import TokenLogprob
+
+logger = logging.getLogger(__name__)
+
+_CPU_BLOCKS = 2048
+"""Most blocks of a pool on a CPU whose size nobody chose."""
+_PROMPT_ROWS = 256
+"""Rows of prompt logits at a time: with large vocabularies they outweigh everything else."""
+
+Sampled = tuple[Sequence, int, TokenLogprob | None]
+
+
+class Runner:
+    """Everything that touches torch."""
+
+    def __init__(self, folder: Path, config: TorchConfig) -> None:
+        """Loads the model. Raises `EngineError`."""
+        self.model_config = read_model_config(folder)
+        self._device = _device(config.device)
+        self._threads = config.threads or len(os.sched_getaffinity(0))
+        dtype = _dtype(config, self.model_config, self._device)
+        weights = load_weights(folder, self.model_config, self._device, dtype)
+        self.kv_blocks = config.kv_blocks or _default_blocks(config, self.model_config, self._device, dtype)
+        self.max_context = _max_context(config, self.model_config, self.kv_blocks)
+        self._block_size = config.block_size
+        self.pool = allocate_pool(self.model_config, self.kv_blocks, config.block_size, self._device, dtype)
+        rope = rope_table(self.model_config.rope, self.model_config.head_dim, self.max_context, self._device)
+        operators = self._operators(config.attention, self.pool, rope)
+        self._model: Model | None = Model(weights, operators)
+        logger.info(
+            "model on %s in %s, %d KV blocks of %d tokens, %s",
+            self._device,
+            dtype,
+            self.kv_blocks,
+            config.block_size,
+            type(operators).__name__,
+        )
+
+    def prepare_thread(self) -> None:
+        """Call once on the thread that will run: OpenMP's thread count belongs to the calling thread."""
+        if self._device.type == "cpu":
+            torch.set_num_threads(self._threads)
+
+    def free(self) -> None:
+        """Drop weights and pool."""
+        self._model, self.pool = None, torch.empty(0)
+
+    @torch.inference_mode()
+    def run(self, work: list[Work], tables: npt.NDArray[np.int32]) -> list[Sampled]:
+        """Compute the work; returns the next token of each sequence whose tokens are now all computed."""
+        model = self._model
+        if model is None:
+            raise RuntimeError("the engine is closed")
+        batch = build_batch(work, tables, self._block_size, self._device)
+        hidden = model.hidden(batch)
+        self._prompt_logprobs(model, batch, hidden)
+        done = [i for i, item in enumerate(batch.work) if item.completes]
+        if not done:
+            return []
+        if batch.chunks:
+            hidden = hidden[batch.last_tokens[done]]
+        sequences = [batch.work[i].sequence for i in done]
+        tokens, logprobs = sample(model.logits(hidden), sequences)
+        return list(zip(sequences, tokens, logprobs, strict=True))
+
+    def _prompt_logprobs(self, model: Model, batch: Batch, hidden: torch.Tensor) -> None:
+        """Collect them for the sequences that want them: position i is judged by the logits of i - 1."""
+        end = 0
+        for item in batch.work:
+            first, end = end, end + item.tokens
+            sequence = item.sequence
+            if not sequence.wants_prompt_logprobs:
+                continue
+            if sequence.computed == 0:
+                sequence.prompt_logprobs = [None]
+            targets = sequence.tokens[
+                sequence.computed + 1 : min(sequence.computed + item.tokens + 1, sequence.prompt_tokens)
+            ]
+            for start in range(0, len(targets), _PROMPT_ROWS):
+                part = targets[start : start + _PROMPT_ROWS]
+                rows = model.logits(hidden[first + start : first + start + len(part)]).log_softmax(dim=-1)
+                counts = [sequence.sampling.prompt_logprobs or 0] * len(part)
+                (sequence.prompt_logprobs or []).extend(token_logprobs(rows, part, counts))
+
+    def _operators(self, attention: str, pool: torch.Tensor, rope: torch.Tensor) -> Operators:
+        """The compiled ones where they can run. Chosen explicitly, they fail loudly; by `auto`, torch's take over."""
+        fit = self._device.type == "cpu" and pool.dtype == torch.float32
+        if attention == "native" and not fit:
+            raise EngineError("attention 'native' runs on a CPU in float32 only; use 'sdpa'")
+        if attention == "sdpa" or not fit:
+            return TorchOperators(self.model_config, pool, rope)
+        try:
+            from dynamo_llm.engines.torch_engine.native import KernelError, NativeOperators
+        except ImportError as error:
+            return self._without_kernels(attention, f"numba cannot be imported ({error})", pool, rope)
+        try:
+            return NativeOperators(self.model_config, pool, rope, self._threads)
+        except KernelError as error:
+            return self._without_kernels(attention, str(error), pool, rope)
+
+    def _without_kernels(self, attention: str, reason: str, pool: torch.Tensor, rope: torch.Tensor) -> Operators:
+        if attention == "native":
+            raise EngineError(f"attention 'native' cannot be used: {reason}; pip install 'dynamo-llm[worker]'")
+        logger.warning("%s: attention falls back to sdpa, which is slower on a CPU", reason)
+        return TorchOperators(self.model_config, pool, rope)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EngineError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _dtype(config: TorchConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else model.dtype
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise EngineError(f"the torch engine computes in float32, bfloat16 or float16, not {name!r}; set dtype")
+    return dtype
+
+
+def _default_blocks(config: TorchConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
+    block_bytes = 2 * model.layers * model.kv_heads * model.head_dim * config.block_size * dtype.itemsize
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        blocks = int(free_bytes * (config.kv_memory_fraction or 0.85)) // block_bytes
+    else:
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        blocks = int(free_bytes * (config.kv_memory_fraction or 0.1)) // block_bytes
+        if config.kv_memory_fraction is None:
+            blocks = min(blocks, _CPU_BLOCKS)
+    if blocks < 1:
+        raise EngineError(
+            f"no memory for a single KV block of {block_bytes} bytes on {device}; free some or set kv_blocks"
+        )
+    return blocks
+
+
+def _max_context(config: TorchConfig, model: ModelConfig, kv_blocks: int) -> int:
+    if config.max_context is not None and config.max_context > model.max_context:
+        raise EngineError(f"max_context {config.max_context} is more than the model's own {model.max_context}")
+    fits = kv_blocks * config.block_size
+    return min(config.max_context or model.max_context, fits)
