@@ -5,14 +5,18 @@ batches are buffered until `install` gets its snapshot; what the index knew of i
 engine restarted.
 """
 
+from collections.abc import Generator, Iterator, Sequence
+
 from msgspec import Struct
 
 from kvstore.cards import EventBatch, Removed, Stored
 from kvstore.index.base import PrefixIndex
+from kvstore.residency import unpack
 from kvstore.snapshots import SavedInstance
-from kvstore.wire import SnapshotReply
+from kvstore.wire import SnapshotReply, TierHashes
 
 _MOST_BUFFERED_HASHES = 1 << 18
+_SLICE_HASHES = 1024
 
 
 class Followed(Struct):
@@ -56,17 +60,20 @@ class Follower:
         _buffer(state, batch)
         return True
 
-    def install(self, reply: SnapshotReply) -> bool:
+    def install(self, reply: SnapshotReply) -> Generator[None, None, bool]:
         """Bring in an instance's own snapshot, then what was buffered since. False: that was not enough, ask it again.
 
-        Raises `ValueError` for a broken snapshot.
+        Yields where the caller may let others run, the stream included. Raises `ValueError` for a broken snapshot.
         """
         state = self.instances.get(reply.instance)
         if state is None:  # removed while it was asked
             return True
         if reply.epoch < state.epoch:
             return False
-        self.index.load(reply.instance, reply.tiers)
+        for _ in self._fill(reply.instance, reply.tiers):
+            yield
+            if self.instances.get(reply.instance) is not state:  # removed, or its engine restarted, meanwhile
+                return reply.instance not in self.instances
         state.epoch, state.seq = reply.epoch, reply.seq
         buffer, state.buffer, state.buffered_hashes = state.buffer, [], 0
         for batch in buffer:
@@ -75,9 +82,9 @@ class Follower:
         state.resyncing = False
         return True
 
-    def restore(self, saved: SavedInstance, time_ms: int) -> None:
-        """Begin with an instance as a snapshot of the index has it. Raises `ValueError` for a broken one."""
-        self.index.load(saved.instance, saved.tiers)
+    def restore(self, saved: SavedInstance, time_ms: int) -> Iterator[None]:
+        """Begin with an instance as a snapshot of the index has it. Yields and raises as `install` does."""
+        yield from self._fill(saved.instance, saved.tiers)
         self.instances[saved.instance] = Followed(saved.epoch, saved.seq, time_ms)
 
     def save(self, instance: str) -> SavedInstance | None:
@@ -94,6 +101,15 @@ class Follower:
     def silent(self, limit_ms: int) -> list[str]:
         """Instances that the newest entry outlived by more than `limit_ms`. While nothing comes, nobody is silent."""
         return [name for name, state in self.instances.items() if self._newest_ms - state.seen_ms > limit_ms]
+
+    def _fill(self, instance: str, tiers: Sequence[TierHashes]) -> Iterator[None]:
+        """Load a snapshot in slices of about a millisecond."""
+        arrays = unpack(tiers)
+        self.index.load(instance, [])
+        for tier, hashes in arrays:
+            for begin in range(0, len(hashes), _SLICE_HASHES):
+                self.index.apply(instance, [Stored(None, hashes[begin : begin + _SLICE_HASHES].tolist(), tier)])
+                yield
 
     def _begin(self, batch: EventBatch, before: Followed | None) -> Followed:
         """A new instance, or one whose engine started again: it holds nothing, before its first batch."""

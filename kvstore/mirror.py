@@ -191,8 +191,8 @@ class IndexMirror:
         if snapshot is None:
             return
         for saved in snapshot.instances:
-            self._follower.restore(saved, parse_id(snapshot.stream_id)[0])
-            await asyncio.sleep(0)
+            for _ in self._follower.restore(saved, parse_id(snapshot.stream_id)[0]):
+                await asyncio.sleep(0)
         self._reader.last_id = self._position = snapshot.stream_id
 
     async def _take(self, entries: list[Entry]) -> None:
@@ -212,7 +212,7 @@ class IndexMirror:
         backoff = Backoff(self._retry_s, _LONGEST_RETRY_S)
         for _ in range(self._fetch_attempts):
             reply = await self._fetch(instance)
-            if reply is not None and self._install(reply):
+            if reply is not None and await self._install(reply):
                 self._resyncs += 1
                 break
             await backoff.pause()
@@ -232,9 +232,14 @@ class IndexMirror:
                 return None
         return reply if reply is not None and reply.instance == instance else None
 
-    def _install(self, reply: SnapshotReply) -> bool:
+    async def _install(self, reply: SnapshotReply) -> bool:
+        steps = self._follower.install(reply)
         try:
-            return self._follower.install(reply)
+            while True:
+                next(steps)
+                await asyncio.sleep(0)
+        except StopIteration as end:
+            return bool(end.value)
         except ValueError as error:
             _log.warning("instance %s sent a broken snapshot: %s", reply.instance, error)
             return False

@@ -1,5 +1,7 @@
 """Following without I/O: whatever a stream loses or repeats, the index ends up exact or asks for a snapshot."""
 
+from collections.abc import Generator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +40,43 @@ def follower() -> Follower:
     return Follower(MemoryIndex())
 
 
+def install(known: Follower, reply: SnapshotReply) -> bool:
+    """All steps at once."""
+    return finish(known.install(reply))
+
+
+def finish(steps: Generator[None, None, bool]) -> bool:
+    """The remaining steps."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return bool(end.value)
+
+
+def test_changes_while_a_snapshot_is_brought_in() -> None:
+    """Batches, a restart or a removal between the steps of a large snapshot end in the truth all the same."""
+    for change in ("batch", "restart", "remove"):
+        worker, known = Worker(), follower()
+        worker.batch(Stored(None, list(range(1, 5000))))
+        assert known.handle(0, worker.heartbeat())
+        steps = known.install(worker.reply())
+        next(steps)
+        if change == "batch":
+            assert not known.handle(0, worker.batch(Removed([1]), Stored(None, [6000])))
+        elif change == "restart":
+            worker.restart()
+            assert not known.handle(0, worker.batch(Stored(None, [7000])))
+        else:
+            known.forget("a")
+        assert finish(steps) is (change != "restart")
+        if change == "remove":
+            assert known.index.instances() == []
+        else:
+            assert change == "batch" or install(known, worker.reply())
+            assert known.index.digest("a") == worker.residency.digest()
+
+
 hashes = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 ops = st.one_of(st.builds(Stored, st.none(), hashes), st.builds(Removed, hashes), st.builds(Cleared))
 event = st.one_of(
@@ -64,7 +103,7 @@ def test_always_repaired(events: list[tuple[str, KvOp]]) -> None:
             worker.restart()
         elif kind in ("answer", "late answer"):
             if asked:
-                asked = not known.install(worker.reply() if kind == "answer" else late)
+                asked = not install(known, worker.reply() if kind == "answer" else late)
             late = worker.reply()
         else:
             batch = worker.batch(op)
@@ -72,7 +111,7 @@ def test_always_repaired(events: list[tuple[str, KvOp]]) -> None:
                 deliver(batch)
     deliver(worker.heartbeat())
     if asked:
-        assert known.install(worker.reply())
+        assert install(known, worker.reply())
     assert known.index.digest("a") == worker.residency.digest()
     assert not known.handle(0, worker.heartbeat())
 
@@ -94,7 +133,7 @@ def test_met_in_mid_stream() -> None:
     assert known.handle(0, worker.batch(Stored(1, [2])))
     assert not known.handle(0, worker.batch(Stored(2, [3])))
     assert known.save("a") is None
-    assert known.install(worker.reply())
+    assert install(known, worker.reply())
     assert known.index.match([1, 2, 3])["a"].blocks == 3
     known.handle(0, worker.batch(Removed([3])))
     worker.batch(Cleared())
@@ -108,7 +147,7 @@ def test_wrong_digest() -> None:
     known.handle(0, worker.batch(Stored(None, [1, 2])))
     known.index.apply("a", [Removed([2])])
     assert known.handle(0, worker.heartbeat())
-    assert known.install(worker.reply())
+    assert install(known, worker.reply())
     assert known.index.digest("a") == Digest(2, 3)
 
 
@@ -132,10 +171,10 @@ def test_answer_from_before_a_restart() -> None:
     worker.restart()
     worker.batch(Stored(None, [2]))
     assert known.handle(0, worker.heartbeat())
-    assert not known.install(stale)
+    assert not install(known, stale)
     worker.restart()
     worker.batch(Stored(None, [3]))
-    assert known.install(worker.reply())
+    assert install(known, worker.reply())
     assert known.index.match([3])["a"].blocks == 1
     assert not known.handle(0, worker.heartbeat())
 
@@ -151,8 +190,8 @@ def test_full_buffer() -> None:
         known.handle(0, worker.batch(Stored(None, list(range(number, number + 8000)))))
     state = known.instances["a"]
     assert sum(len(op.hashes) for batch in state.buffer for op in batch.ops if isinstance(op, Stored)) <= 1 << 18
-    assert not known.install(early)
-    assert known.install(worker.reply())
+    assert not install(known, early)
+    assert install(known, worker.reply())
     assert known.index.digest("a") == worker.residency.digest()
 
 
@@ -162,8 +201,8 @@ def test_broken_answer() -> None:
     worker.batch(Stored(None, [1]))
     assert known.handle(0, worker.heartbeat())
     with pytest.raises(ValueError, match="uint64"):
-        known.install(SnapshotReply("a", 1, 1, [TierHashes("device", b"123")]))
-    assert known.install(worker.reply())
+        install(known, SnapshotReply("a", 1, 1, [TierHashes("device", b"123")]))
+    assert install(known, worker.reply())
 
 
 def test_removed_while_asked() -> None:
@@ -172,7 +211,7 @@ def test_removed_while_asked() -> None:
     worker.batch(Stored(None, [1]))
     assert known.handle(0, worker.heartbeat())
     known.forget("a")
-    assert known.install(worker.reply())
+    assert install(known, worker.reply())
     assert known.index.instances() == []
 
 

@@ -2,19 +2,22 @@
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 
 from kvstore.batches import decode_batch, encode_batch
-from kvstore.cards import EventBatch, Removed, Stored
+from kvstore.cards import EventBatch, InstanceCard, Removed, Stored
 from kvstore.connect import connect
 from kvstore.embedded import EmbeddedRedis
 from kvstore.events import EventPublisher
 from kvstore.keys import Keys
 from kvstore.mirror import IndexMirror
+from kvstore.registry import Registry
 from kvstore.snapshots import SnapshotStore
 from kvstore.wire import SnapshotReply
 
@@ -289,3 +292,37 @@ async def test_silent_instance(cluster: Cluster, eventually: Eventually) -> None
             await eventually(lambda: "ghost" in mirror.instances())
             await eventually(lambda: mirror.instances() == ["w0"])
             assert mirror.match([1]) == {}
+
+
+async def test_documented_rights_suffice(redis_server: EmbeddedRedis, eventually: Eventually) -> None:
+    """A Redis user with no more than the rights that docs/redis.md names can do all of it, scripts included."""
+    text = (Path(__file__).parents[2] / "docs" / "redis.md").read_text()
+    rights = re.search(r"With ACLs: `(.*) &(.*)` and `(.*)`", text)
+    assert rights is not None
+    keys, channels, commands = rights.groups()
+    async with connect(redis_server.url) as admin:
+        await admin.execute_command(
+            "ACL", "SETUSER", "worker", "on", ">word", "resetchannels", f"&{channels}", keys, *commands.split()
+        )
+    async with connect(redis_server.url.replace("redis://", "redis://worker:word@")) as redis:
+        cluster = Cluster(redis)
+        registry = Registry(redis)
+        await redis.sadd(KEYS.instances(), "stale")  # for the script that prunes
+        card = InstanceCard(
+            instance="w0",
+            model="demo",
+            grpc_address="127.0.0.1:1",
+            engine="mock",
+            block_size=16,
+            kv_blocks=1,
+            max_context=1,
+            model_files=await registry.put_blob(b"file"),
+            epoch=1,
+        )
+        async with registry.watch(lambda change: None) as watch, await registry.register(card):
+            await registry.set_setting("name", 1)
+            await eventually(lambda: watch.settings and "w0" in watch.instances)
+            async with workers(cluster, 1) as (one,), cluster.mirror(snapshot_every_s=0.02) as mirror:
+                one.publish([Stored(None, [1])])
+                await eventually(lambda: cluster.exact(mirror))
+                await eventually(lambda: redis.exists(KEYS.index("demo", 16)))
