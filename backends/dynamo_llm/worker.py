@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from redis.asyncio import Redis
 
 from dynamo_llm import process_tree
 from dynamo_llm.config import ConfigError, WorkerConfig, resolve_model
@@ -36,7 +35,7 @@ from dynamo_llm.metrics import Metrics, MetricsServer
 from dynamo_llm.public_model import PublicModel
 from dynamo_llm.service import Limits, Service
 from kvstore.cards import InstanceCard
-from kvstore.connect import connect
+from kvstore.connect import Redis, connect
 from kvstore.errors import StoreError, StoreUnavailable
 from kvstore.events import EventPublisher
 from kvstore.keys import Keys
