@@ -92,6 +92,12 @@ def test_a_missing_package(refused: Refused, monkeypatch: pytest.MonkeyPatch, pa
     assert f"dynamo-llm[{extra}]" in refused("--model", DEMO, *FREE)
 
 
+def test_an_unknown_engine(refused: Refused) -> None:
+    """The nearest one is named."""
+    line = refused("--model", DEMO, *FREE, "--engine", "tochr")
+    assert line == "dynamo-llm: there is no engine 'tochr'; did you mean 'torch'?"
+
+
 def test_an_engine_option_without_a_value(refused: Refused) -> None:
     """The form is said."""
     assert "KEY=VALUE" in refused("--model", DEMO, *FREE, "--engine-option", "threads")

@@ -7,6 +7,8 @@ import socket
 from typing import Any
 
 from dynamo_llm.cli.errors import StartError
+from dynamo_llm.engines import check_engine
+from dynamo_llm.engines.base import EngineError
 from kvstore.connect import connect
 from kvstore.errors import StoreError
 
@@ -50,8 +52,12 @@ async def check_redis(url: str) -> None:
         raise StartError(str(error)) from None
 
 
-def check_packages(engine: str) -> None:
-    """The packages of the extra `worker`, which are not imported here: that takes seconds."""
+def check_engine_packages(engine: str) -> None:
+    """The engine's name, and the packages of the extra `worker`, which are not imported here: that takes seconds."""
+    try:
+        check_engine(engine)
+    except EngineError as error:
+        raise StartError(str(error)) from None
     wanted = ["pytriton", *(["torch"] if engine == "torch" else [])]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:

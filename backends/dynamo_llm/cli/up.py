@@ -162,7 +162,7 @@ def up(
         folder, name = resolve_model(model, name)
     except ConfigError as error:
         raise StartError(str(error)) from None
-    checks.check_packages(engine)
+    checks.check_engine_packages(engine)
     checks.check_ports(host, {"--http-port": http_port, "--grpc-port": grpc_port})
     plan = Plan(
         str(folder), name, engine, options, mode.value, workers, host, http_port, grpc_port, redis, namespace,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dynamo_llm.cli.checks import check_packages, parse_engine_options
+from dynamo_llm.cli.checks import check_engine_packages, parse_engine_options
 from dynamo_llm.cli.errors import StartError
 from dynamo_llm.config import ConfigError, WorkerConfig
 
@@ -183,7 +183,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _run(config: WorkerConfig) -> int:
-    check_packages(config.engine)
+    check_engine_packages(config.engine)
     from dynamo_llm.worker import run  # torch and Triton come with it: only once all else is well
 
     return run(config)

@@ -12,14 +12,19 @@ _ENGINES = {"torch": ("dynamo_llm.engines.torch_engine.engine", "TorchEngine", "
 """Name: module, class, and the extra that installs what the module imports."""
 
 
+def check_engine(name: str) -> None:
+    """Raises `EngineError` for a name that no engine has. Imports nothing."""
+    if name not in _ENGINES:
+        near = difflib.get_close_matches(name, _ENGINES, n=1, cutoff=0)[0]
+        raise EngineError(f"there is no engine {name!r}; did you mean {near!r}?")
+
+
 def create_engine(name: str, model_path: str | Path, model_name: str, options: Mapping[str, Any]) -> Engine:
     """Load a model into an engine; seconds to minutes. `start` it afterwards.
 
     Raises `EngineError` for an unknown engine or option, a package that is not installed, and a model that cannot be run.
     """
-    if name not in _ENGINES:
-        near = difflib.get_close_matches(name, _ENGINES, n=1, cutoff=0)[0]
-        raise EngineError(f"there is no engine {name!r}; did you mean {near!r}?")
+    check_engine(name)
     module, factory, extra = _ENGINES[name]
     try:
         make = getattr(import_module(module), factory)
