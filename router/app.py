@@ -119,6 +119,7 @@ class _HttpServer:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
                 timeout_keep_alive=75,
                 backlog=2048,

@@ -14,7 +14,7 @@ from kvstore.wire import SamplingParams
 from router.errors import InvalidRequest
 
 _T = TypeVar("_T")
-_PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(.*?)(?:\[\.\.\.\])?`$")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 _TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 _Stop = Annotated[list[Annotated[str, Meta(max_length=1024)]], Meta(max_length=64)]

@@ -70,7 +70,7 @@ class Choice:
         self._events = events
         self._encode = encode
         self._waits_for_end = waits_for_end
-        self._text = ""
+        self._text: list[str] = []
         self._logprobs: list[TokenLogprob] | None = None
         self._finish: FinishReason | None = None
         self._size = 0
@@ -82,11 +82,13 @@ class Choice:
         if not self._size and self._events.writable and not (finish and self._waits_for_end):
             self._events.write(self._encode(delta.text, delta.logprobs, finish))
             return
-        self._text += delta.text
+        self._text.append(delta.text)
         self._finish = finish
         size = 1 + len(delta.text)
         if delta.logprobs:
-            self._logprobs = (self._logprobs or []) + delta.logprobs
+            if self._logprobs is None:
+                self._logprobs = []
+            self._logprobs += delta.logprobs
             size += sum(64 * (1 + len(logprob.top)) for logprob in delta.logprobs)
         self._size += size
         self._events.held(size)
@@ -95,7 +97,7 @@ class Choice:
         """What was merged, as events."""
         if not self._size:
             return b""
-        events = self._encode(self._text, self._logprobs, self._finish)
+        events = self._encode("".join(self._text), self._logprobs, self._finish)
         self._events.held(-self._size)
-        self._text, self._logprobs, self._finish, self._size = "", None, None, 0
+        self._text, self._logprobs, self._finish, self._size = [], None, None, 0
         return events

@@ -76,8 +76,6 @@ def url_of(application: Application) -> str:
 
 
 @pytest.fixture
-async def cluster(
-    redis: Redis, redis_url: str, eventually: Callable[..., Awaitable[None]]
-) -> AsyncIterator[Cluster]:
+async def cluster(redis: Redis, redis_url: str, eventually: Callable[..., Awaitable[None]]) -> AsyncIterator[Cluster]:
     async with AsyncExitStack() as stack:
         yield Cluster(redis, redis_url, stack, eventually)

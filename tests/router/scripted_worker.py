@@ -94,7 +94,9 @@ class Refusal(Exception):
 class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
     """One instance. Everything that arrives is kept for the test to look at."""
 
-    def __init__(self, instance: str, script: Script = silent, model: str = MODEL, block_size: int = BLOCK_SIZE) -> None:
+    def __init__(
+        self, instance: str, script: Script = silent, model: str = MODEL, block_size: int = BLOCK_SIZE
+    ) -> None:
         self.instance = instance
         self.script = script
         self.model = model
@@ -200,10 +202,10 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     # --- Triton ---
 
-    async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def ServerReady(self, request: Any, context: Any) -> Any:
         return service_pb2.ServerReadyResponse(ready=True)
 
-    async def ModelStreamInfer(self, requests: Any, context: Any) -> Any:  # noqa: N802
+    async def ModelStreamInfer(self, requests: Any, context: Any) -> Any:
         async for request in requests:
             assert request.model_name == self.model + wire.SESSION_SUFFIX
             self.sessions.append(wire.decode_open(request.raw_input_contents[0]).session)
@@ -213,7 +215,7 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
             inner = service_pb2.ModelInferResponse(raw_output_contents=[frame])
             yield service_pb2.ModelStreamInferResponse(infer_response=inner)
 
-    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
         assert request.model_name == self.model + wire.CONTROL_SUFFIX
         batch = wire.decode_batch(request.raw_input_contents[0])
         self.batches.append(batch)
