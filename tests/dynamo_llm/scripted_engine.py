@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from dynamo_llm.engines.base import EngineInfo, EngineRequest, RequestError, StepResult
 from kvstore.cards import KvOp, Stored
-from kvstore.wire import Load, Output, Started, TokenLogprob
+from kvstore.wire import Load, Output, SnapshotReply, Started, TokenLogprob
 
 BLOCK_SIZE = 16
 
@@ -109,6 +109,19 @@ class ScriptedEngine:
         while not self._stop.wait(self._step_s):
             if self._running:
                 self.step()
+
+
+class Events:
+    """Stands for the event publisher: keeps what was published."""
+
+    def __init__(self) -> None:
+        self.ops: list[KvOp] = []
+
+    def publish(self, ops: list[KvOp]) -> None:
+        self.ops += ops
+
+    def snapshot(self) -> SnapshotReply:
+        return SnapshotReply("0" * 16, 7, 3, [])
 
 
 def tokens(*ids: int) -> bytes:

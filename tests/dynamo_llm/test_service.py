@@ -6,13 +6,12 @@ from collections.abc import AsyncGenerator
 
 import msgspec
 import pytest
-from scripted_engine import ScriptedEngine, tokens
+from scripted_engine import Events, ScriptedEngine, tokens
 
 from dynamo_llm.engines.base import RequestError, StepResult
 from dynamo_llm.metrics import Metrics
 from dynamo_llm.service import Limits, Service, ServiceError
 from kvstore import wire
-from kvstore.cards import KvOp
 from kvstore.wire import (
     SESSION_WINDOW,
     Cancel,
@@ -33,19 +32,6 @@ from kvstore.wire import (
     StatsReply,
     Submit,
 )
-
-
-class Events:
-    """Keeps what was published."""
-
-    def __init__(self) -> None:
-        self.ops: list[KvOp] = []
-
-    def publish(self, ops: list[KvOp]) -> None:
-        self.ops += ops
-
-    def snapshot(self) -> SnapshotReply:
-        return SnapshotReply("0" * 16, 7, 3, [])
 
 
 class Clock:

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 from scripted_engine import tokens
-from test_pytriton_host import Router, submit
+from wire_router import Router, submit
 from worker_process import FATAL_TOKEN
 
 from dynamo_llm import process_tree
