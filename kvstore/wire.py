@@ -1,8 +1,8 @@
 """The wire between router and worker: commands, replies and frames (design contract 5).
 
 Both sides import this module and nothing of each other. Everything is msgpack. Commands travel in batches to the unary
-model `M.control`; what an engine step produced travels back in frames on the decoupled model `M.session`. A request is known
-on the wire by `rid`, an integer that its router chose and that is unique within that router's session.
+model `M.control`; what an engine step produced travels back in frames on the decoupled model `M.session`. A request is
+known on the wire by `rid`, an integer that its router chose and that is unique within that router's session.
 """
 
 from typing import Annotated, Any, Literal
@@ -33,7 +33,7 @@ _Positive = Annotated[int, Meta(ge=1)]
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How tokens are chosen and when a sequence ends. Bounds are checked when it is decoded (`msgspec.ValidationError`)."""
+    """How tokens are chosen and when a sequence ends. Decoding checks the bounds (`msgspec.ValidationError`)."""
 
     max_tokens: _Positive | None = None
     """Most tokens to generate; None: until the context is full."""
@@ -64,7 +64,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True, gc=False):
-    """Natural log-probability of one token under the model (before temperature and filters), and of the likeliest ones."""
+    """Natural log-probability of one token under the model, before temperature and filters, and of the likeliest."""
 
     token_id: int
     logprob: float
@@ -131,8 +131,8 @@ class ControlBatch(Struct, frozen=True, omit_defaults=True):
     commands: list[Command]
     frames_read: int | None = None
     """Frames of the session that the router has read so far, the first (empty) one included. Optional; once given, the
-    worker stays at most `SESSION_WINDOW` frames ahead and merges outputs beyond, so that nothing between engine and reader
-    grows. A router that gives it sends a batch at the latest after every `SESSION_WINDOW // 4` frames."""
+    worker stays at most `SESSION_WINDOW` frames ahead and merges outputs beyond, so that nothing between engine and
+    reader grows. A router that gives it sends a batch at the latest after every `SESSION_WINDOW // 4` frames."""
 
 
 class WireError(Struct, frozen=True, array_like=True):
@@ -244,7 +244,8 @@ class Frame(Struct, array_like=True):
     outputs: list[Output]
     load: Load
     end: str | None = None
-    """Set on the last frame: why the worker ends the session (`drained`, `replaced`, `closed`, `expired`, `engine_failure`)."""
+    """Set on the last frame, why the worker ends the session: `drained`, `replaced`, `closed`, `expired` (no sign of
+    life of the router) or `engine_failure`."""
 
 
 encode = msgspec.msgpack.Encoder().encode
