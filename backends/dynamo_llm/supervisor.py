@@ -8,7 +8,6 @@
 import asyncio
 import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,18 +18,12 @@ from dataclasses import dataclass, field
 from typing import IO, Literal
 
 from dynamo_llm import process_tree
+from dynamo_llm.child_io import LineHandler, Lines, exit_of, is_chatter, without_own_words
 from dynamo_llm.lifecycle import Lifecycle, RestartPolicy
-
-LineHandler = Callable[[str], None]
 
 READY = "ready"
 REFUSED = 2
 """Exit code of a child that cannot be started with these arguments; the command line's own."""
-# Triton's `I1122 13:37:00.1 …` and its verbose lines, and what Python's logging writes with the level's name in it.
-_CHATTER = re.compile(r"^[IV]\d{4} |^(INFO|DEBUG)\b|[\s\[-](INFO|DEBUG)[\s:\]-]")
-# How our own commands begin such a line; said once is enough.
-_OWN_WORDS = re.compile(r"^dynamo-llm[\w -]*: (cannot start: )?")
-_MAX_LINE = 8192
 _LEFTOVER_GRACE_S = 1.0
 """What a child left behind gets this long to end by itself: a resource tracker unlinks what it knows of then."""
 
@@ -67,34 +60,6 @@ class ChildRefused(ChildFailed):
     """A child cannot be started as it was told to: it ended with exit code `REFUSED`, and trying again is no use."""
 
 
-class _Lines(asyncio.Protocol):
-    """Cuts a pipe into lines, none longer than `_MAX_LINE` bytes."""
-
-    def __init__(self, handle: LineHandler) -> None:
-        self._handle = handle
-        self._rest = b""
-        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def data_received(self, data: bytes) -> None:
-        *lines, rest = (self._rest + data).split(b"\n")
-        if len(rest) > _MAX_LINE:
-            lines, rest = [*lines, rest], b""
-        self._rest = rest
-        for line in lines:
-            self._emit(line)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._rest:
-            self._emit(self._rest)
-        if not self.closed.done():
-            self.closed.set_result(None)
-
-    def _emit(self, line: bytes) -> None:
-        text = line[:_MAX_LINE].decode(errors="replace").rstrip()
-        if text:
-            self._handle(text)
-
-
 class Child:
     """One supervised process and, through its mark, everything that it started."""
 
@@ -129,7 +94,7 @@ class Child:
             if delay_s is None:
                 self._tell("failed", self.reason)
                 if refused:
-                    raise ChildRefused(f"{self.spec.name} cannot start: {_OWN_WORDS.sub('', self._last_line)}")
+                    raise ChildRefused(f"{self.spec.name} cannot start: {without_own_words(self._last_line)}")
                 raise ChildFailed(f"{self.spec.name} failed {self.life.failures} times at its start: {self.reason}")
             self._tell("died", f"{self.reason}; starts again in {delay_s:g} s")
             self.pid = 0
@@ -192,7 +157,7 @@ class Child:
             await self._read(pipes, process.stdout, self._on_stdout)
             await self._read(pipes, process.stderr, self._on_line)
             try:
-                await _exit_of(process)
+                await exit_of(process)
             finally:
                 deadline.cancel()
                 process.kill()  # nothing where it has ended
@@ -204,7 +169,7 @@ class Child:
 
     async def _read(self, pipes: contextlib.AsyncExitStack, pipe: IO[bytes] | None, handle: LineHandler) -> None:
         loop = asyncio.get_running_loop()
-        transport, protocol = await loop.connect_read_pipe(lambda: _Lines(handle), pipe)
+        transport, protocol = await loop.connect_read_pipe(lambda: Lines(handle), pipe)
 
         async def close() -> None:
             with contextlib.suppress(asyncio.TimeoutError):
@@ -224,7 +189,7 @@ class Child:
             self._tell("chatter", line)
 
     def _on_line(self, line: str) -> None:
-        if _CHATTER.search(line):
+        if is_chatter(line):
             self._tell("chatter", line)
         else:
             self._last_line = line
@@ -234,20 +199,6 @@ class Child:
         if self.life.state == "starting":
             self._last_line = f"not ready within {self.spec.start_timeout_s:g} s"
             self._signal(signal.SIGKILL)
-
-
-async def _exit_of(process: subprocess.Popen[bytes]) -> None:
-    """Wait until the process itself has ended, whoever else may still hold its pipes open."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    handle = os.pidfd_open(process.pid)
-    loop.add_reader(handle, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(handle)
-        os.close(handle)
-    process.wait()
 
 
 def _describe(returncode: int, last_line: str) -> str:

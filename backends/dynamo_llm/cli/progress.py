@@ -19,7 +19,7 @@ class Progress:
         self._verbose = verbose
         self._start_s = time.monotonic()
         self._states: dict[str, str] = {}
-        self._live = self._console.status("") if self._console.is_terminal else None
+        self._live = self._console.status(_Line(self)) if self._console.is_terminal else None
 
     def __enter__(self) -> "Progress":
         if self._live:
@@ -51,5 +51,18 @@ class Progress:
     def say(self, markup: str) -> None:
         """One line of our own, after the elapsed time."""
         self._console.print(rf"[dim]\[{time.monotonic() - self._start_s:6.1f} s][/dim] {markup}")
-        if self._live:
-            self._live.update(" · ".join(f"{name} {state}" for name, state in self._states.items()))
+
+    def summary(self) -> str:
+        """The state of every child, and the seconds so far."""
+        states = " · ".join(f"{name} [{_WORDS[state]}]{state}[/]" for name, state in self._states.items())
+        return f"{states} · {time.monotonic() - self._start_s:.0f} s"
+
+
+class _Line:
+    """Drawn anew each time that the spinner turns."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __rich__(self) -> str:
+        return self._progress.summary()

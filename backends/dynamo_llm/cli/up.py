@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -73,10 +74,12 @@ class Plan:
     namespace: str
     drain_timeout_s: float
     start_timeout_s: float
+    verbose: bool
 
     def router(self) -> ChildSpec:
         argv = ["router", "--host", self.host, "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
         argv += ["--policy", _POLICIES[self.mode], "--drain-timeout", f"{self.drain_timeout_s:g}"]
+        argv += ["--log-level", "info" if self.verbose else "warning"]
         return self._child("router", argv)
 
     def worker(self, number: int) -> ChildSpec:
@@ -84,14 +87,14 @@ class Plan:
         for key, value in {**self._share(), **self.engine_options}.items():
             argv += ["--engine-option", f"{key}={json.dumps(value)}"]
         argv += ["--drain-timeout", f"{self.drain_timeout_s:g}"]
-        return self._child(f"worker-{number}", argv)
+        return self._child(f"worker-{number}", argv, _gpu_of(number))
 
-    def _child(self, name: str, argv: list[str]) -> ChildSpec:
+    def _child(self, name: str, argv: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> ChildSpec:
         return ChildSpec(
             name,
             [sys.executable, "-m", "dynamo_llm", *argv, "--namespace", self.namespace],
             # By the environment: a command line is for everybody on the machine to read, and a URL may hold a password.
-            {"DYNAMO_LLM_REDIS": self.redis_url},
+            {"DYNAMO_LLM_REDIS": self.redis_url, **environment},
             self.start_timeout_s,
         )
 
@@ -99,6 +102,16 @@ class Plan:
         """Each worker's share of the cores: more threads than cores slow all of them down."""
         cores = len(os.sched_getaffinity(0))
         return {"threads": max(1, cores // self.workers)} if self.engine == "torch" else {}
+
+
+def _gpu_of(number: int) -> dict[str, str]:
+    """One GPU for each worker in turn, where there are any; the engine sees no other one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        with contextlib.suppress(OSError):
+            visible = ",".join(map(str, range(len(os.listdir("/proc/driver/nvidia/gpus")))))
+    gpus = [gpu for gpu in (visible or "").split(",") if gpu]
+    return {"CUDA_VISIBLE_DEVICES": gpus[(number - 1) % len(gpus)]} if gpus else {}
 
 
 def up(
@@ -166,7 +179,7 @@ def up(
     checks.check_ports(host, {"--http-port": http_port, "--grpc-port": grpc_port})
     plan = Plan(
         str(folder), name, engine, options, mode.value, workers, host, http_port, grpc_port, redis, namespace,
-        drain_timeout, start_timeout,
+        drain_timeout, start_timeout, verbose,
     )  # fmt: skip
     try:
         code = asyncio.run(_run(plan, Progress(verbose=verbose)))

@@ -22,7 +22,8 @@ def check_engine(name: str) -> None:
 def create_engine(name: str, model_path: str | Path, model_name: str, options: Mapping[str, Any]) -> Engine:
     """Load a model into an engine; seconds to minutes. `start` it afterwards.
 
-    Raises `EngineError` for an unknown engine or option, a package that is not installed, and a model that cannot be run.
+    Raises `EngineError` for an unknown engine or option, a package that is not installed, and a model that it cannot
+    run.
     """
     check_engine(name)
     module, factory, extra = _ENGINES[name]
