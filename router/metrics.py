@@ -48,7 +48,7 @@ class ModelMetrics:
         self.e2e_s = Histogram(_LATENCY_S)
         self.queue_s = Histogram(_LATENCY_S)
         self.prompt_tokens = 0
-        self.cached_tokens = 0
+        self.cached_prompt_tokens = 0
         self.generated_tokens = 0
         self.prompt_blocks = 0
         self.reused_blocks = 0
@@ -128,12 +128,14 @@ class _Collector(Collector):
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
-            "dynamo_router_requests", "Requests answered.", labels=("endpoint", "model", "status")
+            "dynamo_llm_router_requests", "Requests answered.", labels=("endpoint", "model", "status")
         )
         for labels, count in self._metrics.requests.items():
             requests.add_metric(labels, count)
         yield requests
-        inflight = GaugeMetricFamily("dynamo_router_inflight_requests", "Sequences being served.", labels=("model",))
+        inflight = GaugeMetricFamily(
+            "dynamo_llm_router_inflight_requests", "Sequences being served.", labels=("model",)
+        )
         for name, model in self._metrics.models.items():
             inflight.add_metric((name,), model.inflight)
         yield inflight
@@ -142,14 +144,14 @@ class _Collector(Collector):
         for name, text, attribute in (
             ("time_to_first_token", "From the request's arrival to its first token.", "ttft_s"),
             ("inter_token_latency", "Between two tokens of one sequence.", "itl_s"),
-            ("request_duration", "From the request's arrival to its last token.", "e2e_s"),
+            ("request", "From the request's arrival to its last token.", "e2e_s"),
             (
-                "queue",
+                "request_queue",
                 "From submission to the worker's first step on the request, as the worker measured it.",
                 "queue_s",
             ),
         ):
-            family = HistogramMetricFamily(f"dynamo_router_{name}_seconds", text, labels=("model",))
+            family = HistogramMetricFamily(f"dynamo_llm_router_{name}_seconds", text, labels=("model",))
             for model, figures in self._metrics.models.items():
                 histogram: Histogram = getattr(figures, attribute)
                 family.add_metric((model,), histogram.buckets(), histogram.total)
@@ -158,26 +160,26 @@ class _Collector(Collector):
     def _counters(self) -> Iterator[Metric]:
         for name, text in (
             ("prompt_tokens", "Prompt tokens of accepted requests."),
-            ("cached_tokens", "Prompt tokens whose KV a worker reused."),
+            ("cached_prompt_tokens", "Prompt tokens whose KV a worker reused."),
             ("generated_tokens", "Tokens generated."),
             ("prompt_blocks", "Whole prompt blocks at placement."),
             ("reused_blocks", "Prompt blocks that the index said the chosen worker holds."),
         ):
-            family = CounterMetricFamily(f"dynamo_router_{name}", text, labels=("model",))
+            family = CounterMetricFamily(f"dynamo_llm_router_{name}", text, labels=("model",))
             for model, figures in self._metrics.models.items():
                 family.add_metric((model,), getattr(figures, name))
             yield family
         ratio = GaugeMetricFamily(
-            "dynamo_router_prefix_hit_ratio", "Share of prompt tokens reused since start.", labels=("model",)
+            "dynamo_llm_router_prefix_hit_ratio", "Share of prompt tokens reused since start.", labels=("model",)
         )
         placements = CounterMetricFamily(
-            "dynamo_router_placements", "Placements.", labels=("model", "instance", "reason")
+            "dynamo_llm_router_placements", "Placements.", labels=("model", "instance", "reason")
         )
         migrations = CounterMetricFamily(
-            "dynamo_router_migrations", "Requests moved to another worker.", labels=("model", "reason")
+            "dynamo_llm_router_migrations", "Requests moved to another worker.", labels=("model", "reason")
         )
         for model, figures in self._metrics.models.items():
-            ratio.add_metric((model,), figures.cached_tokens / max(figures.prompt_tokens, 1))
+            ratio.add_metric((model,), figures.cached_prompt_tokens / max(figures.prompt_tokens, 1))
             for (instance, reason), count in figures.placements.items():
                 placements.add_metric((model, instance, reason), count)
             for reason, count in figures.migrations.items():
@@ -186,7 +188,7 @@ class _Collector(Collector):
 
     def _index(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
-            "dynamo_router_redis_connected", "1 while Redis answers.", value=float(self._metrics.redis_connected())
+            "dynamo_llm_router_redis_connected", "1 while Redis answers.", value=float(self._metrics.redis_connected())
         )
         figures = self._metrics.index_figures()
         for kind, name, text, attribute in (
@@ -194,7 +196,7 @@ class _Collector(Collector):
             (
                 GaugeMetricFamily,
                 "index_blocks",
-                "Blocks in the prefix index, one for each instance that holds it.",
+                "Distinct blocks in the prefix index.",
                 "blocks",
             ),
             (
@@ -206,7 +208,7 @@ class _Collector(Collector):
             (CounterMetricFamily, "kv_event_gaps", "Gaps seen in the KV event stream.", "gaps"),
             (CounterMetricFamily, "index_resyncs", "Instances read anew from their own snapshot.", "resyncs"),
         ):
-            family = kind(f"dynamo_router_{name}", text, labels=("model",))
+            family = kind(f"dynamo_llm_router_{name}", text, labels=("model",))
             for model, values in figures.items():
                 family.add_metric((model,), getattr(values, attribute))
             yield family

@@ -175,7 +175,7 @@ class Sequence:
             self._queue_ms = started.queue_ms
             self._prompt_logprobs = started.prompt_logprobs
             self._metrics.queue_s.observe(started.queue_ms / 1000.0)
-            self._metrics.cached_tokens += started.cached_tokens
+            self._metrics.cached_prompt_tokens += started.cached_tokens
 
     def _count(self, tokens: int) -> None:
         now, metrics = clock(), self._metrics

@@ -335,7 +335,7 @@ async def test_redis_lost(cluster, eventually, redis_server) -> None:
         router = await cluster.router(redis_url=redis_server.url)
         redis_server.kill()
         await eventually(lambda: not router.pool.redis_connected)
-        assert b"dynamo_router_redis_connected 0.0" in router.metrics.render()
+        assert b"dynamo_llm_router_redis_connected 0.0" in router.metrics.render()
         assert (await router.generation.generate(request())).text == TEXT
         await first.kill()
         for _ in range(4):

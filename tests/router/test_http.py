@@ -134,12 +134,12 @@ async def test_metrics(cluster, http) -> None:
     text = (await http.get(f"{url_of(router)}/metrics")).text
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     labels = 'endpoint="chat_completions",model='
-    assert figures[f'dynamo_router_requests_total{{{labels}"demo",status="200"}}'] == "1.0"
-    assert figures[f'dynamo_router_requests_total{{{labels}"",status="404"}}'] == "1.0"
-    assert figures['dynamo_router_generated_tokens_total{model="demo"}'] == str(float(len(ids_of("one two")) + 1))
-    assert figures['dynamo_router_cached_tokens_total{model="demo"}'] == "3.0"
-    assert figures['dynamo_router_time_to_first_token_seconds_count{model="demo"}'] == "1.0"
-    assert figures["dynamo_router_redis_connected"] == "1.0"
+    assert figures[f'dynamo_llm_router_requests_total{{{labels}"demo",status="200"}}'] == "1.0"
+    assert figures[f'dynamo_llm_router_requests_total{{{labels}"",status="404"}}'] == "1.0"
+    assert figures['dynamo_llm_router_generated_tokens_total{model="demo"}'] == str(float(len(ids_of("one two")) + 1))
+    assert figures['dynamo_llm_router_cached_prompt_tokens_total{model="demo"}'] == "3.0"
+    assert figures['dynamo_llm_router_time_to_first_token_seconds_count{model="demo"}'] == "1.0"
+    assert figures["dynamo_llm_router_redis_connected"] == "1.0"
     assert f'instance="{worker.instance}",model="demo",reason="load"' in text
 
 
