@@ -163,7 +163,7 @@ def _parameter(value) -> object:
 
 def _block_size(base: str) -> int:
     with urllib.request.urlopen(f"{base}/status", timeout=10) as response:
-        return json.load(response)["instances"][0]["block_size"]
+        return json.load(response)["models"][0]["block_size"]
 
 
 def _free_ports(count: int) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from kvstore.cards import InstanceCard
 from router.config import RouterConfig
 from router.generation import Generation
 from router.models import Model, Models
@@ -33,12 +34,12 @@ def status(config: RouterConfig, models: Models, pool: Pool, generation: Generat
         "policy": config.placement.policy,
         "redis_connected": pool.redis_connected,
         "inflight": generation.inflight,
-        "instances": [_instance(connection) for connection in pool.connections()],
+        "instances": [_instance(connection, models, pool) for connection in pool.connections()],
         "models": [_model(model, pool) for model in models],
     }
 
 
-def _instance(connection: WorkerConnection) -> dict[str, Any]:
+def _instance(connection: WorkerConnection, models: Models, pool: Pool) -> dict[str, Any]:
     card, load = connection.card, connection.load
     report = load.report
     return {
@@ -46,6 +47,8 @@ def _instance(connection: WorkerConnection) -> dict[str, Any]:
         "model": card.model,
         "role": card.role,
         "engine": card.engine,
+        "pid": card.pid,
+        "epoch": card.epoch,
         "address": card.grpc_address,
         "connected": connection.connected,
         "ready": connection.ready,
@@ -54,6 +57,7 @@ def _instance(connection: WorkerConnection) -> dict[str, Any]:
         "kv_blocks_used": report.kv_blocks_used if report else 0,
         "kv_blocks_cached": report.kv_blocks_cached if report else 0,
         "kv_blocks_total": (report.kv_blocks_total if report else 0) or card.kv_blocks,
+        "index": _digest(card, models, pool),
         "load": msgspec.structs.asdict(report) if report else None,
         "load_age_s": round(time.monotonic() - load.reported_at_s, 3) if report else None,
     }
@@ -80,3 +84,13 @@ def _model(model: Model, pool: Pool) -> dict[str, Any]:
         "max_context": model.max_context,
         "index": index,
     }
+
+
+def _digest(card: InstanceCard, models: Models, pool: Pool) -> dict[str, Any] | None:
+    """What the index holds of an instance, to be compared with another router's, or with itself after a restart."""
+    model = models.find(card.model)
+    mirror = pool.mirror(model) if model is not None else None
+    if mirror is None:
+        return None
+    digest = mirror.digest(card.instance)
+    return {"blocks": digest.count, "xor": f"{digest.xor:016x}", "synced": mirror.is_synced(card.instance)}
