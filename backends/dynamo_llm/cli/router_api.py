@@ -17,6 +17,7 @@ def fetch_status(url: str, timeout_s: float = 5.0) -> dict[str, Any]:
         with _open(f"{url.rstrip('/')}/status", timeout=timeout_s) as response:
             status = json.load(response)
     except urllib.error.HTTPError as error:
+        error.close()
         raise CommandError(f"{url} is no router: /status answers HTTP {error.code}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
