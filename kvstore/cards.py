@@ -1,4 +1,4 @@
-"""What is stored of an instance in the registry, and of its KV blocks in the event stream (design contracts 2 and 3)."""
+"""What the registry stores of an instance, and the event stream of its KV blocks (design contracts 2 and 3)."""
 
 from typing import Literal
 
@@ -43,7 +43,7 @@ class InstanceCard(Struct, frozen=True, kw_only=True):
 
 
 class Stored(Struct, frozen=True, tag="s", array_like=True):
-    """Blocks became resident: `hashes` follow each other in a sequence, the first follows `parent` (None: it begins one)."""
+    """Blocks became resident: `hashes` follow each other, the first one follows `parent` (None: it begins a sequence)."""
 
     parent: int | None
     hashes: list[int]

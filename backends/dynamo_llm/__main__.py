@@ -1,4 +1,4 @@
-"""`python -m dynamo_llm` is `dynamo-llm`; the supervisor starts its children this way, so that they use its own Python."""
+"""`python -m dynamo_llm` is `dynamo-llm`; `up` starts its parts this way, so that they run under its own Python."""
 
 from dynamo_llm.cli import main
 

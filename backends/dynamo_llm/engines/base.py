@@ -1,8 +1,8 @@
 """The one interface of every engine. Implementations live beside this file; `service.Service` is the only caller.
 
-An engine owns its thread (or loop, or process). The service hands it requests from other threads, and the engine calls the
-service back after each step, from its own thread, with all that the step produced. It knows nothing of Triton, Redis,
-sessions or routers.
+An engine owns its thread (or loop, or process). The service hands it requests from other threads, and the engine calls
+the service back after each step, from its own thread, with all that the step produced. It knows nothing of Triton,
+Redis, sessions or routers.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ class RequestError(Exception):
 
 
 class EngineError(Exception):
-    """An engine that cannot start: wrong model folder, option or package. The message is one line that says what to do."""
+    """An engine that cannot start: wrong folder, option or package. The message is one line that says what to do."""
 
 
 class Engine(Protocol):
@@ -77,16 +77,16 @@ class Engine(Protocol):
     info: EngineInfo
 
     def start(self, on_step: Callable[[StepResult], None], on_death: Callable[[str], None]) -> None:
-        """Begin to step. `on_step` and `on_death` (reason; after it nothing more is called) run on the engine's thread."""
+        """Begin to step. `on_step` and `on_death` (reason; nothing more is called after it) run on its own thread."""
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises `RequestError` at once for what can never be served."""
 
     def cancel(self, key: int) -> None:
-        """End a request within a step: its last output says `cancelled`, its blocks are free. Unknown keys are ignored."""
+        """End a request within a step: last output `cancelled`, blocks freed. Unknown keys are ignored."""
 
     def load(self) -> Load:
         """The load after the last step, with what was queued since."""
 
     def close(self) -> None:
-        """Stop stepping, end what is in flight with `cancelled`, free all memory. Joins the thread; may be called twice."""
+        """Stop stepping, end all requests with `cancelled`, free all memory, join the thread. May be called twice."""
