@@ -43,7 +43,7 @@ class InstanceCard(Struct, frozen=True, kw_only=True):
 
 
 class Stored(Struct, frozen=True, tag="s", array_like=True):
-    """Blocks became resident: `hashes` follow each other, the first one follows `parent` (None: it begins a sequence)."""
+    """Blocks became resident: `hashes` follow each other, the first follows `parent` (None: it begins a sequence)."""
 
     parent: int | None
     hashes: list[int]
