@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
 import socket
@@ -36,6 +37,8 @@ from router.status import status
 logger = logging.getLogger(__name__)
 
 _LISTING_TIMEOUT_S = 10.0
+_ANSWER_S = 2.0
+"""After the drain's time, what was in flight has so long to take its last answer."""
 
 
 class StartError(Exception):
@@ -75,9 +78,9 @@ class Application:
                 config.host,
                 config.grpc_port,
                 max_message_bytes=config.max_body_bytes,
-                drain_timeout_s=config.drain_timeout_s,
+                drain_timeout_s=config.drain_timeout_s + _ANSWER_S,
             )
-            stack.push_async_callback(_leave_together, http, grpc)
+            stack.push_async_callback(self._drain, http, grpc)
             try:
                 await grpc.__aenter__()
             except PortBusy as error:
@@ -91,6 +94,14 @@ class Application:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.__aexit__(kind, error, trace)
+
+    async def _drain(self, http: "_HttpServer", grpc: KServeGrpc) -> None:
+        """Both servers take nothing new and finish what is in flight; what takes too long is told so."""
+        timer = asyncio.get_running_loop().call_later(self.config.drain_timeout_s, self.generation.abandon)
+        try:
+            await asyncio.gather(http.__aexit__(None, None, None), grpc.__aexit__(None, None, None))
+        finally:
+            timer.cancel()
 
     def _asgi(self) -> App:
         parts = (self.models, self.generation, self.metrics, self.config)
@@ -120,7 +131,7 @@ class _HttpServer:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
+                timeout_graceful_shutdown=math.ceil(config.drain_timeout_s + _ANSWER_S),
                 timeout_keep_alive=75,
                 backlog=2048,
             )
@@ -140,11 +151,6 @@ class _HttpServer:
         self._server.should_exit = True
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
-
-
-async def _leave_together(http: _HttpServer, grpc: KServeGrpc) -> None:
-    """Both drain at the same time, so that the drain timeout counts once."""
-    await asyncio.gather(http.__aexit__(None, None, None), grpc.__aexit__(None, None, None))
 
 
 class _Uvicorn(uvicorn.Server):

@@ -20,7 +20,8 @@ from router.placement import Candidate, Decision, place
 from router.sequence import Retry
 from router.sequence import Sequence as GeneratedSequence
 from router.types import Delta, GenerationRequest, Placed, Result
-from router.worker_client import WorkerConnection, WorkerLost, next_rid
+from router.worker_client import WorkerConnection, next_rid
+from router.worker_session import WorkerLost
 
 WIRE_ERRORS: dict[str, type[errors.RouterError]] = {
     "invalid_request": errors.InvalidRequest,
@@ -65,7 +66,17 @@ class Generation:
         self._config = config
         self._rng = rng or random.Random()
         self._turn = 0
-        self.inflight = 0
+        self._sequences: set[GeneratedSequence] = set()
+
+    @property
+    def inflight(self) -> int:
+        """Sequences that have not had their final answer."""
+        return len(self._sequences)
+
+    def abandon(self) -> None:
+        """The router's time to drain is over: what is still in flight gets its final answer now."""
+        for sequence in list(self._sequences):
+            sequence.abort(errors.Unavailable("the router is shutting down, try another one", retry_after_s=1.0))
 
     async def generate(
         self,
@@ -76,20 +87,20 @@ class Generation:
         """See `types.Generator`."""
         model = self._models.get(request.model)
         _check_length(request, model)
-        if self.inflight >= self._config.max_inflight:
+        if len(self._sequences) >= self._config.max_inflight:
             raise errors.Overloaded("the router has too many requests in flight, try again later", retry_after_s=1.0)
         metrics = self._metrics.model(model.name)
         sequence = GeneratedSequence(request, model, metrics, on_delta)
         timeout_s = self._config.request_timeout_s
-        timer = asyncio.get_running_loop().call_later(timeout_s, sequence.expire) if timeout_s else None
-        self.inflight += 1
+        timer = asyncio.get_running_loop().call_later(timeout_s, _expire, sequence) if timeout_s else None
+        self._sequences.add(sequence)
         metrics.inflight += 1
         metrics.prompt_tokens += len(request.token_ids) // 4
         try:
             await self._serve(sequence, model, metrics, on_placed)
             return sequence.result()
         finally:
-            self.inflight -= 1
+            self._sequences.discard(sequence)
             metrics.inflight -= 1
             if timer is not None:
                 timer.cancel()
@@ -176,8 +187,8 @@ class Generation:
             if left_s <= 0:
                 raise self._client_error(failure, model)
             await self._fleet.wait_for_change(left_s)
-            if sequence.expired:
-                raise errors.DeadlineExceeded("the request took longer than this router allows")
+            if sequence.aborted is not None:
+                raise sequence.aborted
 
     def _place(
         self, workers: Sequence[WorkerConnection], model: Model, hashes: Sequence[int]
@@ -209,6 +220,10 @@ class Generation:
             if worker.load.report is not None and worker.load.report.prefill_tokens_per_s > 0
         ]
         return min(max(min(times, default=1.0), 1.0), 30.0)
+
+
+def _expire(sequence: GeneratedSequence) -> None:
+    sequence.abort(errors.DeadlineExceeded("the request took longer than this router allows"))
 
 
 def _candidate(worker: WorkerConnection, match: Match, hashes: Sequence[int]) -> Candidate:

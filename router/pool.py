@@ -26,7 +26,8 @@ from router.chat_template import ChatTemplate
 from router.config import RouterConfig
 from router.metrics import IndexFigures, Metrics
 from router.models import Model, Models
-from router.worker_client import WorkerConnection, WorkerLost
+from router.worker_client import WorkerConnection
+from router.worker_session import WorkerLost
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from kvstore import wire
-from router.errors import DeadlineExceeded, RouterError
+from router.errors import RouterError
 from router.metrics import ModelMetrics
 from router.models import Model
 from router.types import Delta, GenerationRequest, Placed, Result
@@ -49,9 +49,9 @@ class Sequence:
         "_stream",
         "_text",
         "_worker",
+        "aborted",
         "cached_tokens",
         "ended",
-        "expired",
         "finish_reason",
         "placed",
         "request",
@@ -66,7 +66,8 @@ class Sequence:
         self.finish_reason: wire.FinishReason | None = None
         self.placed: Placed | None = None
         self.cached_tokens: int | None = None
-        self.expired = False
+        self.aborted: RouterError | None = None
+        """Why it is to end, whatever the worker does."""
         self.ended: asyncio.Future[None] | None = None
         """Of the present attempt: a result when the sequence is complete, `Retry` or `RouterError` when it failed."""
         self._on_delta = on_delta
@@ -118,10 +119,10 @@ class Sequence:
             self._worker.load.remove(self._rid)
             self._worker = None
 
-    def expire(self) -> None:
-        """The deadline passed."""
-        self.expired = True
-        self._fail(DeadlineExceeded("the request took longer than this router allows"))
+    def abort(self, error: RouterError) -> None:
+        """End it with an error: its deadline passed, or the router is leaving."""
+        self.aborted = error
+        self._fail(error)
 
     def finish_at_length(self) -> None:
         """Complete without a worker: nothing is left to generate."""

@@ -232,3 +232,19 @@ async def test_a_client_that_never_reads_is_cut_off(cluster, eventually) -> None
     await eventually(lambda: router.generation.inflight == 0)
     await eventually(lambda: ("chat_completions", "demo", "499") in router.metrics.requests)
     client.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_outlasts_the_drain_is_told_so(cluster, eventually, stream: bool) -> None:
+    """A request that is not through when the drain's time is over gets an answer, not a cut connection."""
+    worker = await cluster.worker(says("one two", until=1) if stream else silent)
+    router = await cluster.router(drain_timeout_s=0.1)
+    async with httpx.AsyncClient(timeout=20) as http:
+        asked = http.post(f"{url_of(router)}/v1/chat/completions", json={**CHAT, "stream": stream})
+        answer = asyncio.create_task(asked)
+        await eventually(lambda: worker.submits)
+        await eventually(lambda: not stream or router.metrics.model("demo").generated_tokens)
+        await router.__aexit__(None, None, None)
+        response = await answer
+    assert response.status_code == (200 if stream else 503)
+    assert "shutting down" in response.text

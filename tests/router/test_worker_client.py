@@ -8,7 +8,8 @@ import pytest
 from scripted_worker import Refusal, ScriptedWorker, says, silent
 
 from kvstore import wire
-from router.worker_client import WorkerConnection, WorkerLost, next_rid
+from router.worker_client import WorkerConnection, next_rid
+from router.worker_session import WorkerLost
 
 
 class Inbox:
@@ -84,7 +85,7 @@ async def test_commands_coalesce_while_a_call_is_in_flight(worker, connection, e
 
 async def test_batches_have_a_size(worker, connection, eventually, monkeypatch) -> None:
     """Prompts beyond the bound of a message go out in several batches, and all arrive."""
-    monkeypatch.setattr("router.worker_client.MAX_BATCH_BYTES", 1000)
+    monkeypatch.setattr("router.worker_session.MAX_BATCH_BYTES", 1000)
     for _ in range(10):
         submit(connection, b"\1\0\0\0" * 100)
     await eventually(lambda: len(worker.submits) == 10)
@@ -203,20 +204,22 @@ async def test_leaving_closes_the_session_by_a_command(worker, eventually) -> No
 
 
 async def test_a_failing_handler_harms_nobody_else(worker, connection, eventually, caplog) -> None:
-    """An exception in one request's handler is logged; the other outputs of the frame arrive."""
+    """An exception in one request's handler ends that request; the other outputs of the frame arrive."""
 
     class Broken(Inbox):
         def on_output(self, output: wire.Output) -> None:
             raise RuntimeError("broken handler")
 
     rid = next_rid()
-    connection.submit(wire.Submit(rid=rid, token_ids=b"\1\0\0\0"), Broken())
+    broken = Broken()
+    connection.submit(wire.Submit(rid=rid, token_ids=b"\1\0\0\0"), broken)
     other_rid, other = submit(connection)
     worker.script = silent
     await eventually(lambda: len(worker.submits) == 2)
     worker.emit(wire.Output(rid, [1]), wire.Output(other_rid, [2], "stop"))
     await eventually(lambda: other.outputs)
     assert "broken handler" in caplog.text
+    assert broken.lost == ["the router failed on an output"]
     connection.release(rid)
 
 
