@@ -80,6 +80,7 @@ class EventPublisher:
         self._woken = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
+        self._closing = False
         self._heartbeat_due = True
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -113,14 +114,14 @@ class EventPublisher:
         """Send what is still there, within two seconds."""
         with self._lock:
             self._loop = None
-            self._seal()
         if self._timer is not None:
             self._timer.cancel()
-        try:
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=_CLOSE_TIMEOUT_S)
             await stop(self._task)
-            if self._outbox:
-                await asyncio.wait_for(self._send(), _CLOSE_TIMEOUT_S)
-        except asyncio.TimeoutError:
+        if self._outbox:
             _log.warning("closing with %d KV event batches unsent", len(self._outbox))
 
     def publish(self, ops: Sequence[KvOp]) -> None:
@@ -145,10 +146,12 @@ class EventPublisher:
         return SnapshotReply(self._instance, epoch, seq, pack(hashes))
 
     async def _run(self) -> None:
-        while True:
+        closing = False
+        while not closing:
             await self._wake.wait()
             await asyncio.sleep(self._linger_s)
             self._wake.clear()
+            closing = self._closing  # now, so that a last round follows in which all that was published is sealed
             with self._lock:
                 self._woken = False
                 self._seal()
