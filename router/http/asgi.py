@@ -1,4 +1,4 @@
-"""Small ASGI helpers: read a bounded body, send a whole answer, find or make the request's id."""
+"""What endpoints need of ASGI: read a bounded body, send a whole answer, find or make the request's id."""
 
 import asyncio
 import os
