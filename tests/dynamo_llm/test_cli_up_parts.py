@@ -167,6 +167,7 @@ def _plan(**more: object) -> Plan:
         "http_port": 1,
         "grpc_port": 2,
         "redis_url": "redis://u:secret@h/0",
+        "redis_folder": "",
         "namespace": "n",
         "drain_timeout_s": 3.0,
         "start_timeout_s": 4.0,

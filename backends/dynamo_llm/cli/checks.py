@@ -1,5 +1,6 @@
 """What `dynamo-llm up` makes sure of before it starts anything. Each check raises `StartError` with one line."""
 
+import contextlib
 import errno
 import importlib.util
 import json
@@ -10,6 +11,7 @@ from dynamo_llm.cli.errors import StartError
 from dynamo_llm.engines import check_engine
 from dynamo_llm.engines.base import EngineError
 from kvstore.connect import connect
+from kvstore.embedded import find_server
 from kvstore.errors import StoreError
 
 _REASONS = {
@@ -19,28 +21,37 @@ _REASONS = {
 }
 
 
-def check_ports(host: str, ports: dict[str, int]) -> None:
-    """`ports` by the flag that set them; 0 (any free one) is always well."""
+def check_ports(host: str, ports: dict[str, int]) -> list[int]:
+    """`ports` by the flag that set them. Returns them, 0 replaced by a free one: a server that is started again has to
+    come back at the same address."""
     taken: dict[int, str] = {}
     for flag, port in ports.items():
         if port and port in taken:
             raise StartError(f"{taken[port]} and {flag} are both {port}: choose two ports")
         taken[port] = flag
-        if port:
-            _check_port(host, port, flag)
+    with contextlib.ExitStack() as probes:  # held until all are chosen, so that no two are the same
+        return [_check_port(host, port, flag, probes) for flag, port in ports.items()]
 
 
-def _check_port(host: str, port: int, flag: str) -> None:
+def _check_port(host: str, port: int, flag: str, probes: contextlib.ExitStack) -> int:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, past connections in TIME_WAIT
-            probe.bind(address)
+        probe = probes.enter_context(socket.socket(family, kind, protocol))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, past connections in TIME_WAIT
+        probe.bind(address)
+        return int(probe.getsockname()[1])
     except socket.gaierror as error:
         raise StartError(f"--host {host} is no address of this machine: {error.strerror}") from None
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, f"cannot be opened: {error.strerror}")
         raise StartError(f"port {port} of {host} {reason}; choose another one by {flag}") from None
+
+
+def check_embedded_redis() -> None:
+    try:
+        find_server()
+    except StoreError as error:
+        raise StartError(str(error)) from None
 
 
 async def check_redis(url: str) -> None:

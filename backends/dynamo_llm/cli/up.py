@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
@@ -21,8 +21,6 @@ from dynamo_llm.cli.progress import Progress
 from dynamo_llm.cli.router_api import fetch_status
 from dynamo_llm.config import ConfigError, resolve_model
 from dynamo_llm.supervisor import Child, ChildFailed, ChildRefused, ChildSpec, Supervisor
-from kvstore.embedded import EmbeddedRedis
-from kvstore.errors import StoreError
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -71,10 +69,15 @@ class Plan:
     http_port: int
     grpc_port: int
     redis_url: str
+    redis_folder: str
+    """Where the embedded Redis has its socket; empty when the user has a Redis."""
     namespace: str
     drain_timeout_s: float
     start_timeout_s: float
     verbose: bool
+
+    def redis(self) -> ChildSpec:
+        return ChildSpec("redis", [sys.executable, "-m", "kvstore.embedded", self.redis_folder], {}, 30.0)
 
     def router(self) -> ChildSpec:
         argv = ["router", "--host", self.host, "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
@@ -176,9 +179,11 @@ def up(
     except ConfigError as error:
         raise StartError(str(error)) from None
     checks.check_engine_packages(engine)
-    checks.check_ports(host, {"--http-port": http_port, "--grpc-port": grpc_port})
+    http_port, grpc_port = checks.check_ports(host, {"--http-port": http_port, "--grpc-port": grpc_port})
+    if not redis:
+        checks.check_embedded_redis()
     plan = Plan(
-        str(folder), name, engine, options, mode.value, workers, host, http_port, grpc_port, redis, namespace,
+        str(folder), name, engine, options, mode.value, workers, host, http_port, grpc_port, redis, "", namespace,
         drain_timeout, start_timeout, verbose,
     )  # fmt: skip
     try:
@@ -192,29 +197,9 @@ def up(
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[str]:
-    """A folder for all temporary files of the cluster, those of the embedded Redis included."""
+    """A folder for all temporary files of the cluster, the socket of the embedded Redis included."""
     with tempfile.TemporaryDirectory(prefix="dynamo-", ignore_cleanup_errors=True) as folder:
-        before, tempfile.tempdir = tempfile.tempdir, folder
-        try:
-            yield folder
-        finally:
-            tempfile.tempdir = before
-
-
-@contextlib.asynccontextmanager
-async def _redis(url: str) -> AsyncIterator[str]:
-    """The URL of a Redis that answers: the user's, or an embedded one's."""
-    if url:
-        await checks.check_redis(url)
-        yield url
-        return
-    try:
-        server = EmbeddedRedis()
-        server.start()  # on the main thread, to whose life the kernel ties it; takes some 20 ms
-    except StoreError as error:
-        raise StartError(str(error)) from None
-    with server:
-        yield server.url
+        yield folder
 
 
 class _Signals:
@@ -241,16 +226,24 @@ async def _run(plan: Plan, progress: Progress) -> int:
     """The exit code: 0 after an orderly end, 128 and the signal after a forced one. Raises `ChildFailed`."""
     signals = _Signals()  # before anything is there that a signal could leave behind
     with _scratch() as scratch, progress:
-        async with _redis(plan.redis_url) as url, Supervisor(progress.notify, scratch) as supervisor:
+        if plan.redis_url:
+            await checks.check_redis(plan.redis_url)
+        else:
+            plan = replace(plan, redis_folder=scratch, redis_url=f"unix://{scratch}/redis.sock")
+        async with Supervisor(progress.notify, scratch) as supervisor:
             signals.on_second(supervisor.kill)
-            await _supervise(replace(plan, redis_url=url), supervisor, signals, progress)
+            await _supervise(plan, supervisor, signals, progress)
     return 128 + signals.forced_by if signals.forced_by else 0
 
 
 async def _supervise(plan: Plan, supervisor: Supervisor, signals: _Signals, progress: Progress) -> None:
+    stop_timeout_s = plan.drain_timeout_s + _EXIT_MARGIN_S
+    if plan.redis_folder:
+        redis = supervisor.start(plan.redis())
+        if not await _unless_stopped(redis.became_ready.wait(), signals, supervisor):
+            return await supervisor.stop(["redis"], stop_timeout_s)
     router = supervisor.start(plan.router())
     workers = [supervisor.start(plan.worker(number)) for number in range(1, plan.workers + 1)]
-    stop_timeout_s = plan.drain_timeout_s + _EXIT_MARGIN_S
     if await _unless_stopped(_until_served(router, workers), signals, supervisor):
         url = router.ready_line.split()[1]
         progress.quiet()
@@ -260,6 +253,8 @@ async def _supervise(plan: Plan, supervisor: Supervisor, signals: _Signals, prog
         progress.say("[yellow]draining[/]: requests in flight finish; a second signal stops at once")
         await supervisor.stop(["router"], stop_timeout_s)
     await supervisor.stop([child.spec.name for child in (router, *workers)], stop_timeout_s)
+    if plan.redis_folder:  # last: the others take their leave there
+        await supervisor.stop(["redis"], stop_timeout_s)
     progress.say("stopped")
 
 

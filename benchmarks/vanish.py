@@ -1,0 +1,110 @@
+"""How long KV blocks stay taken after streaming clients vanish in the middle of their answers.
+
+Starts a cluster (two workers, torch engine, demo model), lets N clients stream endless answers, closes all their
+connections at once, and measures until no worker reports a running or waiting sequence or a block in use. Repeats, and
+reports what the router holds afterwards: open files, threads and resident memory.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _cluster import cluster, status
+
+BODY = {
+    "model": "demo",
+    "messages": [{"role": "user", "content": "Tell me a story about a fox."}],
+    "stream": True,
+    "ignore_eos": True,
+    "max_tokens": 1900,
+}
+
+
+async def open_stream(base: str) -> asyncio.StreamWriter:
+    """A client that has read three events of its answer."""
+    host, port = base.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = json.dumps(BODY).encode()
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    seen = b""
+    while seen.count(b"data:") < 3:
+        piece = await reader.read(65536)
+        if not piece:
+            raise SystemExit(f"a client was refused: {seen[:200]!r}")
+        seen += piece
+    return writer
+
+
+def blocks_in_use(document: dict[str, Any]) -> int:
+    return sum(i["kv_blocks_used"] + i["inflight"] + i["load"]["running"] for i in document["instances"])
+
+
+async def vanish(base: str, clients: int) -> dict[str, float]:
+    """Milliseconds from the closing of the last connection until everything is free."""
+    writers = await asyncio.gather(*(open_stream(base) for _ in range(clients)))
+    while (used := blocks_in_use(await asyncio.to_thread(status, base))) < clients:  # noqa: ASYNC110 - it happens in other processes
+        await asyncio.sleep(0.01)
+    start_s = time.perf_counter()
+    for writer in writers:
+        writer.transport.abort()
+    while blocks_in_use(await asyncio.to_thread(status, base)):
+        if time.perf_counter() - start_s > 30:
+            raise SystemExit("blocks are still in use after 30 s")
+        await asyncio.sleep(0.005)
+    return {"blocks_and_requests_before": used, "free_after_ms": round(1e3 * (time.perf_counter() - start_s), 1)}
+
+
+def router_pid() -> int:
+    """The router among this process's descendants."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                ours = os.getpgid(int(folder.name)) and b"dynamo_llm" in words and b"router" in words
+                if ours and str(os.getpid()) in _ancestors(int(folder.name)):
+                    return int(folder.name)
+            except OSError:
+                continue
+    raise SystemExit("no router process found")
+
+
+def _ancestors(pid: int) -> list[str]:
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        found.append(str(pid))
+    return found
+
+
+def held(pid: int) -> dict[str, float]:
+    """What a process holds."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return {
+        "files": len(os.listdir(f"/proc/{pid}/fd")),
+        "threads": len(os.listdir(f"/proc/{pid}/task")),
+        "rss_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=200, help="clients that vanish at once (default 200)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often (default 5)")
+    parser.add_argument("--json", action="store_true", help="print JSON only (it is always printed)")
+    args = parser.parse_args()
+    with cluster("--workers", "2", "--engine-option", "kv_blocks=4096") as base:
+        pid, rounds, holdings = router_pid(), [], []
+        for number in range(args.rounds):
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+            rounds.append(asyncio.run(vanish(base, args.clients)))
+            holdings.append(held(pid))
+    print(json.dumps({"clients": args.clients, "rounds": rounds, "router_after_each_round": holdings}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
