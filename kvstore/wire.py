@@ -82,6 +82,9 @@ class Submit(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="submit"
     token_ids: bytes
     """The prompt: little-endian uint32, shape [tokens]."""
     sampling: SamplingParams = SamplingParams()
+    generated: _NonNegative = 0
+    """How many of the last `token_ids` are this request's own output, from a worker that was lost: to penalties, limits
+    and `min_tokens` they count as output."""
     request_id: str = ""
     """The client's request id, for logs and traces only."""
     lora: str = ""

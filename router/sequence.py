@@ -95,16 +95,12 @@ class Sequence:
         sampling, token_ids = request.sampling, request.token_ids
         if done:
             token_ids = token_ids + array("I", self.token_ids).tobytes()
-            sampling = msgspec.structs.replace(
-                sampling,
-                max_tokens=None if sampling.max_tokens is None else max(sampling.max_tokens - done, 1),
-                min_tokens=max(sampling.min_tokens - done, 0),
-                prompt_logprobs=None if self.cached_tokens is not None else sampling.prompt_logprobs,
-            )
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)  # it has had them
         return wire.Submit(
             rid=rid,
             token_ids=token_ids,
             sampling=sampling,
+            generated=done,
             request_id=request.request_id,
             lora=request.lora,
             cache_salt=request.cache_salt,

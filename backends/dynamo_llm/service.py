@@ -184,6 +184,7 @@ class Service:
             key=self._admit(session, command),
             token_ids=command.token_ids,
             sampling=command.sampling,
+            generated=command.generated,
             lora=command.lora,
             cache_salt=command.cache_salt,
             priority=command.priority,
@@ -282,6 +283,8 @@ class Service:
         """Enter a request into the tables and name it for the engine, or raise `ServiceError`."""
         if not command.token_ids or len(command.token_ids) % 4:
             raise ServiceError("invalid_request", "token_ids must be little-endian uint32, at least one token")
+        if command.generated >= len(command.token_ids) // 4:
+            raise ServiceError("invalid_request", "generated must be less than the number of token_ids")
         with self._lock:
             self._refuse_if_leaving()
             if session.ended:

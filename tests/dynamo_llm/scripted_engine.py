@@ -20,7 +20,7 @@ class _Running:
         tokens = array("I", request.token_ids)
         self.request = request
         self.next_token = tokens[-1] + 1
-        self.left = request.sampling.max_tokens or 1_000_000
+        self.left = (request.sampling.max_tokens or 1_000_000) - request.generated
         self.fresh = True
         self.cancelled = False
 

@@ -113,7 +113,8 @@ async def test_a_dead_worker_is_replaced_unnoticed(cluster, eventually) -> None:
     assert result.placed.instance == second.instance
     replay = second.submits[0]
     assert prompt_of(replay) == [*prompt_of(first.submits[0]), *ids_of(TEXT)[:5]]
-    assert (replay.sampling.max_tokens, replay.sampling.min_tokens, replay.sampling.seed) == (45, 2, 4)
+    assert replay.generated == 5
+    assert (replay.sampling.max_tokens, replay.sampling.min_tokens, replay.sampling.seed) == (50, 7, 4)
     assert router.metrics.model("demo").migrations == {"lost": 1}
 
 

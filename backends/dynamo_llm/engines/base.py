@@ -36,6 +36,8 @@ class EngineRequest(Struct, frozen=True, kw_only=True):
     token_ids: bytes
     """The prompt: little-endian uint32, shape [tokens], not empty."""
     sampling: SamplingParams
+    generated: int = 0
+    """Tokens at the end of `token_ids` that are output of an earlier attempt; less than there are tokens."""
     lora: str = ""
     cache_salt: str = ""
     priority: int = 0

@@ -65,7 +65,7 @@ class Driver:
 
     def submit(self, prompt: list[int], **sampling: Any) -> int:
         key = len(self.outputs) + 1
-        request = {k: sampling.pop(k) for k in ("priority", "cache_salt") if k in sampling}
+        request = {k: sampling.pop(k) for k in ("priority", "cache_salt", "generated") if k in sampling}
         params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True, "max_tokens": 8} | sampling)
         token_ids = np.array(prompt, dtype="<u4").tobytes()
         self.engine.submit(EngineRequest(key=key, token_ids=token_ids, sampling=params, **request))
@@ -118,6 +118,12 @@ class Driver:
 
     def finish(self, key: int) -> str | None:
         return self.outputs[key][-1].finish_reason if self.outputs[key] else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Steps run on the test's own thread, and small products on a busy machine are fastest alone."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

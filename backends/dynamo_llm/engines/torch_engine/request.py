@@ -32,11 +32,13 @@ def make_sequence(request: EngineRequest, info: EngineInfo, submitted_s: float) 
     if not all(map(math.isfinite, sampling.logit_bias.values())):
         raise RequestError("invalid_request", "logit_bias must be finite numbers")
     tokens = _prompt(request.token_ids, info)
+    prompt_tokens = len(tokens) - request.generated
     return Sequence(
         request.key,
         tokens,
         sampling,
-        max_tokens=min(len(tokens) + (sampling.max_tokens or info.max_context), info.max_context),
+        prompt_tokens=prompt_tokens,
+        max_tokens=min(prompt_tokens + (sampling.max_tokens or info.max_context), info.max_context),
         stop_ids=_stop_ids(sampling, info),
         root=(request.lora, request.cache_salt),
         seed=secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64,

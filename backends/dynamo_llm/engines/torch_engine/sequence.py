@@ -38,6 +38,7 @@ class Sequence:
         tokens: list[int],
         sampling: SamplingParams,
         *,
+        prompt_tokens: int | None = None,
         max_tokens: int,
         stop_ids: Collection[int] = (),
         root: tuple[str, str] = ("", ""),
@@ -48,7 +49,8 @@ class Sequence:
         self.key = key
         self.tokens = tokens
         """Prompt and output so far."""
-        self.prompt_tokens = len(tokens)
+        self.prompt_tokens = len(tokens) if prompt_tokens is None else prompt_tokens
+        """What follows it is output, of an earlier attempt perhaps."""
         self.sampling = sampling
         self.max_tokens = max_tokens
         """Length, prompt included, at which it ends."""
