@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 FLAGS = {"fastmath": True, "error_model": "numpy", "boundscheck": False}
@@ -90,6 +91,21 @@ def _as_float64(typing_context: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], ir.DoubleType())
 
     return types.float64(types.int64), generate
+
+
+@intrinsic
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    """Bring a cache line near. Blocks lie far apart, and the hardware's own prefetching stops at the page."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        prototype = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, prototype, "llvm.prefetch.p0i8")
+        read, near, data = flag(0), flag(3), flag(1)
+        builder.call(function, [builder.inttoptr(arguments[0], byte), read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @njit(inline="always", **FLAGS)
@@ -189,18 +205,24 @@ def make_store(layers: int, heads: int, kv_heads: int, block_size: int, head_dim
 
 
 def make_attend(layers: int, heads: int, kv_heads: int, block_size: int, head_dim: int) -> Callable[[Any], None]:
-    """Kernel: attention of one query per sequence over its block table. One piece of work is one key head's group."""
+    """Kernel: attention of one query per sequence over its block table. One piece of work is one key head's group.
+
+    It waits for memory more than it computes, so each block's rows are asked for while the block before is worked on.
+    """
     group = heads // kv_heads
     scale = F(head_dim**-0.5)
+    row_bytes = head_dim * 4
+    head_bytes = block_size * row_bytes
+    layer_heads = 2 * kv_heads
+    block_bytes = layers * layer_heads * head_bytes
 
     def attend(arguments):
         a = carray(arguments, (1,), ATTEND)[0]
         tables = carray(_int32s(a.tables), (a.tokens, a.width))
         positions = carray(_ints(a.positions), (a.tokens,))
         worker = _fetch_add(arguments, WORKER, 1)
-        scores = carray(
-            _floats(a.scratch + worker * group * a.context * 4), (group, a.context // block_size, block_size)
-        )
+        shape = (group, a.context // block_size, block_size)
+        scores = carray(_floats(a.scratch + worker * group * a.context * 4), shape)
         while True:
             task = _fetch_add(arguments, NEXT, 1)
             if task >= a.tokens * kv_heads:
@@ -208,31 +230,38 @@ def make_attend(layers: int, heads: int, kv_heads: int, block_size: int, head_di
             i, h = task // kv_heads, task % kv_heads
             context = positions[i] + 1
             blocks = (context + block_size - 1) // block_size
+            table = tables[i]
+            keys_at = a.pool + (a.layer * layer_heads + h) * head_bytes
+            values_at = keys_at + kv_heads * head_bytes
             query = carray(_floats(a.query + (i * a.row + h * group * head_dim) * 4), (group, head_dim))
-            out = carray(_floats(a.out + (i * kv_heads + h) * group * head_dim * 4), (group, head_dim))
+            out = carray(_floats(a.out + task * group * row_bytes), (group, head_dim))
             for b in range(blocks):
-                at = ((np.int64(tables[i, b]) * layers + a.layer) * 2 * kv_heads + h) * block_size * head_dim
-                keys = carray(_floats(a.pool + at * 4), (block_size, head_dim))
-                for g in range(group):
-                    q, row = query[g], scores[g, b]
-                    for t in range(block_size):
-                        key = keys[t]
+                ahead = keys_at + np.int64(table[min(b + 1, blocks - 1)]) * block_bytes
+                keys = carray(_floats(keys_at + np.int64(table[b]) * block_bytes), (block_size, head_dim))
+                for t in range(block_size):
+                    for line in range(0, row_bytes, 64):
+                        _prefetch(ahead + t * row_bytes + line)
+                    key = keys[t]
+                    for g in range(group):
+                        q = query[g]
                         dot = F(0)
                         for j in range(head_dim):
                             dot += q[j] * key[j]
-                        row[t] = dot * scale
+                        scores[g, b, t] = dot * scale
             for g in range(group):
                 _softmax(scores[g].reshape(a.context), context, blocks * block_size)
                 for j in range(head_dim):
                     out[g, j] = F(0)
             for b in range(blocks):
-                at = (((np.int64(tables[i, b]) * layers + a.layer) * 2 + 1) * kv_heads + h) * block_size * head_dim
-                values = carray(_floats(a.pool + at * 4), (block_size, head_dim))
-                for g in range(group):
-                    to, row = out[g], scores[g, b]
-                    for t in range(0, block_size, 4):
-                        v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
-                        p0, p1, p2, p3 = row[t], row[t + 1], row[t + 2], row[t + 3]
+                ahead = values_at + np.int64(table[min(b + 1, blocks - 1)]) * block_bytes
+                values = carray(_floats(values_at + np.int64(table[b]) * block_bytes), (block_size, head_dim))
+                for t in range(0, block_size, 4):
+                    for line in range(0, 4 * row_bytes, 64):
+                        _prefetch(ahead + t * row_bytes + line)
+                    v0, v1, v2, v3 = values[t], values[t + 1], values[t + 2], values[t + 3]
+                    for g in range(group):
+                        to = out[g]
+                        p0, p1, p2, p3 = scores[g, b, t], scores[g, b, t + 1], scores[g, b, t + 2], scores[g, b, t + 3]
                         for j in range(head_dim):
                             to[j] += p0 * v0[j] + p1 * v1[j] + p2 * v2[j] + p3 * v3[j]
 
