@@ -23,8 +23,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
-
 from dynamo_llm import process_tree
 from dynamo_llm.config import ConfigError, WorkerConfig, resolve_model
 from dynamo_llm.engines import create_engine
@@ -34,6 +32,7 @@ from dynamo_llm.hosts.pytriton import PyTritonHost, fits
 from dynamo_llm.metrics import Metrics, MetricsServer
 from dynamo_llm.public_model import PublicModel
 from dynamo_llm.service import Limits, Service
+from kvstore import model_files
 from kvstore.cards import InstanceCard
 from kvstore.connect import Redis, connect
 from kvstore.errors import StoreError, StoreUnavailable
@@ -42,16 +41,6 @@ from kvstore.keys import Keys
 from kvstore.lease import Lease
 from kvstore.registry import Registry
 from kvstore.text import Tokenizer
-
-MODEL_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-)
-"""What a router needs of a model; they travel as one blob, a msgpack map from name to bytes."""
 
 OK, FAILED, CANNOT_START = 0, 1, 2
 _SAME_SIGNAL_S = 1.0
@@ -116,12 +105,12 @@ class _Worker:
         events = await stack.enter_async_context(self._publisher(redis, keys, engine))
         stack.push_async_callback(asyncio.to_thread, engine.close)  # again: it must not outlive the publisher
         service = self._service(engine, events)
-        files = _read_files(self._folder)
+        files = model_files.read(self._folder)
         server = _open_metrics(config, service)
         stack.push_async_callback(asyncio.to_thread, server.close)
         host = await self._open_host(stack, service, files)
         registry = Registry(redis, keys)
-        blob = await self._insist(lambda: registry.put_blob(msgspec.msgpack.encode(files)))
+        blob = await self._insist(lambda: registry.put_blob(model_files.pack(files)))
         card = self._card(engine, host, server.port, blob)
         lease = await self._insist(lambda: registry.register(card, ttl_s=config.lease_ttl_s))
         stack.push_async_callback(lease.close)
@@ -285,10 +274,6 @@ def _no_leftovers(scratch: Path) -> Iterator[None]:
     finally:
         process_tree.reap(_mark(), grace_s=1.0)
         guard.release()
-
-
-def _read_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in MODEL_FILES if (folder / name).is_file()}
 
 
 def _tokenizer(files: dict[str, bytes]) -> Tokenizer | None:
