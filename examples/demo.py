@@ -74,7 +74,7 @@ def kserve_stream(base: str, grpc_address: str, question: str, expected: str) ->
     for name, value, dtype in [
         ("text_input", np.array([_prompt(question).encode()], np.object_), "BYTES"),
         ("stream", np.array([True]), "BOOL"),
-        ("sampling_parameters", np.array([b'{"temperature": 0}'], np.object_), "BYTES"),
+        ("sampling_parameters", np.array([b'{"temperature": 0, "max_tokens": 64}'], np.object_), "BYTES"),
     ]:
         inputs.append(triton.InferInput(name, list(value.shape), dtype))
         inputs[-1].set_data_from_numpy(value)
@@ -107,7 +107,7 @@ def kserve_stream(base: str, grpc_address: str, question: str, expected: str) ->
 
 def generate(base: str, question: str, expected: str) -> Answer:
     """Triton's generate extension over HTTP, by the standard library (or curl)."""
-    body = {"text_input": _prompt(question), "exclude_input_in_output": True, "temperature": 0}
+    body = {"text_input": _prompt(question), "exclude_input_in_output": True, "temperature": 0, "max_tokens": 64}
     request = urllib.request.Request(
         f"{base}/v2/models/{MODEL}/generate", json.dumps(body).encode(), {"content-type": "application/json"}
     )

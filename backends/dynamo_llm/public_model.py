@@ -9,12 +9,12 @@ arrays of bytes for BYTES; this file knows nothing of Triton. From vllm_backend 
 
 import difflib
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from dynamo_llm.service import Service, ServiceError
 from dynamo_llm.session import Session
@@ -22,7 +22,7 @@ from kvstore.text import TextStream, Tokenizer
 from kvstore.wire import Output, SamplingParams, Submit
 
 DEFAULT_MAX_TOKENS = 16
-"""As in vLLM."""
+"""Where a client names no `max_tokens`, as in vLLM; an explicit null in `sampling_parameters` lifts the limit."""
 
 Tensors = dict[str, npt.NDArray[Any]]
 _SCALAR = (1,)
@@ -59,13 +59,17 @@ OUTPUTS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
 )
 
 
-class TextOptions(Struct, frozen=True, kw_only=True):
-    """Sampling parameters that concern the text: the engine sees none of them."""
+class Options(Struct, frozen=True, kw_only=True):
+    """Sampling parameters by vLLM's names that are not the engine's: of the text, and of the request as a whole."""
 
     stop: str | tuple[str, ...] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    add_special_tokens: bool = True
     n: int = 1
+    lora_name: str = ""
+    cache_salt: str = ""
+    priority: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] = 0
 
 
 class _Prompt(Struct, frozen=True, kw_only=True):
@@ -74,7 +78,7 @@ class _Prompt(Struct, frozen=True, kw_only=True):
     text: str | None
     token_ids: bytes
     sampling: SamplingParams
-    options: TextOptions
+    options: Options
     stop: tuple[str, ...]
     flags: frozenset[str]
     """Those of the boolean inputs that are true."""
@@ -95,7 +99,7 @@ class PublicModel:
         prompt = self._understand(tensors, parameters)
         session = self._service.local_session()
         try:
-            self._service.submit(session, Submit(rid=0, token_ids=prompt.token_ids, sampling=prompt.sampling))
+            self._service.submit(session, _submit(prompt))
             answer = _Answer(prompt, self._text_stream(prompt))
             while not answer.ended:
                 for output in await _outputs(session):
@@ -115,16 +119,14 @@ class PublicModel:
     def _understand(self, tensors: Mapping[str, Any], parameters: Mapping[str, Any]) -> _Prompt:
         sampling, options = parse_sampling(_sampling_values(tensors, parameters))
         stop = (options.stop,) if isinstance(options.stop, str) else options.stop or ()
-        stop += tuple(_texts(tensors, "stop_words"))
-        if stop and self._tokenizer is None:
+        if any(stop) and self._tokenizer is None:
             raise ServiceError("invalid_request", "stop strings need a tokenizer, and the model has none")
-        text, token_ids = self._prompt(tensors)
-        flags = (name for name in (*_FLAGS, *_COUNTS) if name in tensors and bool(tensors[name].reshape(-1)[:1].any()))
+        text, token_ids = self._prompt(tensors, options.add_special_tokens)
         return _Prompt(
-            text=text, token_ids=token_ids, sampling=sampling, options=options, stop=stop, flags=frozenset(flags)
+            text=text, token_ids=token_ids, sampling=sampling, options=options, stop=stop, flags=_flags(tensors)
         )
 
-    def _prompt(self, tensors: Mapping[str, Any]) -> tuple[str | None, bytes]:
+    def _prompt(self, tensors: Mapping[str, Any], add_special_tokens: bool) -> tuple[str | None, bytes]:
         if ("text_input" in tensors) == ("input_ids" in tensors):
             raise ServiceError("invalid_request", "give either text_input or input_ids")
         if "input_ids" in tensors:
@@ -135,7 +137,7 @@ class PublicModel:
         if self._tokenizer is None:
             raise ServiceError("invalid_request", "the model has no tokenizer.json: give input_ids")
         (text,) = _texts(tensors, "text_input") or [""]
-        return text, self._tokenizer.encode(text)
+        return text, self._tokenizer.encode(text, add_special_tokens)
 
 
 class _Answer:
@@ -183,27 +185,50 @@ class _Answer:
         return tensors
 
 
-def parse_sampling(values: Mapping[str, Any]) -> tuple[SamplingParams, TextOptions]:
-    """vLLM's sampling parameters; numbers may be given as strings. Raises `ServiceError`, naming the nearest known
-    one."""
-    known = [*SamplingParams.__struct_fields__, *TextOptions.__struct_fields__]
+def _submit(prompt: _Prompt) -> Submit:
+    options = prompt.options
+    return Submit(
+        rid=0,
+        token_ids=prompt.token_ids,
+        sampling=prompt.sampling,
+        lora=options.lora_name,
+        cache_salt=options.cache_salt,
+        priority=options.priority,
+    )
+
+
+def _flags(tensors: Mapping[str, Any]) -> frozenset[str]:
+    given = {name: bool(tensors[name].reshape(-1)[:1].any()) for name in (*_FLAGS, *_COUNTS) if name in tensors}
+    if given.get("stream") and given.get("exclude_input_in_output") is False:  # as in vllm_backend
+        raise ServiceError("invalid_request", "exclude_input_in_output cannot be false when stream is true")
+    return frozenset(name for name, flag in given.items() if flag)
+
+
+def parse_sampling(values: Mapping[str, Any]) -> tuple[SamplingParams, Options]:
+    """vLLM's sampling parameters; numbers may be strings, and a null is as good as nothing (but for `max_tokens`).
+
+    Raises `ServiceError`; for an unknown name it tells the nearest known one.
+    """
+    known = [*SamplingParams.__struct_fields__, *Options.__struct_fields__]
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             text = f"unknown sampling parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             raise ServiceError("invalid_request", text)
-    of_text = {name: value for name, value in values.items() if name in TextOptions.__struct_fields__}
-    rest = {name: value for name, value in values.items() if name not in of_text and value is not None}
-    rest.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
-    if rest.get("top_k") in (-1, "-1"):  # vLLM's way to say: all
-        rest["top_k"] = 0
+    values = {name: value for name, value in values.items() if value is not None or name == "max_tokens"}
+    values.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+    if values.get("top_k") in (-1, "-1"):  # vLLM's way to say: all
+        values["top_k"] = 0
+    ours = {name: value for name, value in values.items() if name in Options.__struct_fields__}
     try:
-        sampling = msgspec.convert(rest, SamplingParams, strict=False)
-        options = msgspec.convert(of_text, TextOptions, strict=False)
+        sampling = msgspec.convert({k: v for k, v in values.items() if k not in ours}, SamplingParams, strict=False)
+        options = msgspec.convert(ours, Options, strict=False)
     except msgspec.ValidationError as error:
         raise ServiceError("invalid_request", f"sampling parameters: {error}") from None
     if options.n != 1:
         raise ServiceError("invalid_request", "n must be 1: send the request several times")
+    if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**64:
+        raise ServiceError("invalid_request", "sampling parameters: seed must fit 64 bits")
     return sampling, options
 
 
@@ -218,6 +243,8 @@ def _sampling_values(tensors: Mapping[str, Any], parameters: Mapping[str, Any]) 
     for name, _ in _SAMPLING_TENSORS:
         if name in tensors and tensors[name].size:
             values[name] = tensors[name].reshape(-1)[0].item()
+    if words := [word for word in _texts(tensors, "stop_words") if word]:
+        values["stop"] = words
     return values
 
 

@@ -4,6 +4,7 @@ Names and meanings are those of vllm_backend, with the inputs of tensorrtllm_bac
 of either find what they expect. `request.py` reads the inputs, `http.py` and `grpc.py` serve metadata and config.
 """
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -16,11 +17,17 @@ MODEL_VERSION = "1"
 EXTENSIONS = ("binary_tensor_data", "generate", "model_configuration", "parameters")
 """Of Triton's protocol extensions, those that are served."""
 
+DEFAULT_MAX_TOKENS = 16
+"""Where a client names no `max_tokens`, as in vLLM; an explicit null in `sampling_parameters` lifts the limit."""
 MAX_STOP_WORDS = 64
 _BYTES = frozenset({"BYTES"})
 _BOOL = frozenset({"BOOL"})
 _INTS = frozenset({"INT32", "INT64", "UINT32", "UINT64"})
 _FLOATS = frozenset({"FP32", "FP64"})
+
+
+Ready = Callable[[str | None], bool]
+"""Whether requests for a model (None: for any) can be served now."""
 
 
 class InputSpec(NamedTuple):

@@ -17,7 +17,7 @@ from msgspec import Struct
 from kvstore.wire import SamplingParams
 from router.errors import ContextLengthExceeded, InvalidRequest
 from router.http.endpoint import encode_text
-from router.kserve.face import INPUTS, MAX_STOP_WORDS, OUTPUTS, InputSpec
+from router.kserve.face import DEFAULT_MAX_TOKENS, INPUTS, MAX_STOP_WORDS, OUTPUTS, InputSpec
 from router.kserve.tensors import JSON_ERRORS, Values, invalid, short, text
 from router.models import Model
 from router.types import GenerationRequest
@@ -227,13 +227,18 @@ _OPTION_FIELDS = frozenset(Options.__struct_fields__)
 
 
 def _split(values: Mapping[str, Any]) -> tuple[Options, SamplingParams]:
-    """Typed and checked. Strings of numbers are taken for numbers, as vllm_backend's clients send them."""
+    """Typed and checked. Strings of numbers are taken for numbers, as vllm_backend's clients send them.
+
+    A null is as good as nothing, but for `max_tokens`, where it lifts the limit.
+    """
     for name in values:
         if name not in _SAMPLING_FIELDS and name not in _OPTION_FIELDS:
             known = _SAMPLING_FIELDS | _OPTION_FIELDS
             raise InvalidRequest(f"unknown sampling parameter {short(name)}{_nearest(name, known)}", param=name[:64])
+    values = {name: value for name, value in values.items() if value is not None or name == "max_tokens"}
+    values.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
     if values.get("top_k") in (-1, "-1"):  # vLLM's other way to say "all tokens"
-        values = {**values, "top_k": 0}
+        values["top_k"] = 0
     try:
         options = msgspec.convert({k: v for k, v in values.items() if k in _OPTION_FIELDS}, Options, strict=False)
         sampling = msgspec.convert(

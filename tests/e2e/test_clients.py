@@ -131,7 +131,7 @@ def test_tritonclient_http(cluster) -> None:
         exclude = triton_http.InferInput("exclude_input_in_output", [1], "BOOL")
         exclude.set_data_from_numpy(np.array([True]))
         parameters = triton_http.InferInput("sampling_parameters", [1], "BYTES")
-        parameters.set_data_from_numpy(np.array([b'{"temperature": 0}'], np.object_))
+        parameters.set_data_from_numpy(np.array([b'{"temperature": 0, "max_tokens": 64}'], np.object_))
         answer = client.infer("demo", [text, exclude, parameters])
         assert answer.as_numpy("text_output").reshape(-1)[0].decode() == CAPITAL[1]
 
@@ -139,6 +139,7 @@ def test_tritonclient_http(cluster) -> None:
 def test_generate(cluster) -> None:
     """Triton's generate extension, plain and streamed."""
     body = {"text_input": prompt(COUNT[0]), "exclude_input_in_output": True, "temperature": 0, "stream": False}
+    body["max_tokens"] = 300
     url = f"{cluster.base}/v2/models/demo/generate"
     with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=60) as answer:
         assert json.load(answer)["text_output"] == COUNT[1]
@@ -159,7 +160,7 @@ def test_tritonclient_straight_to_a_worker(cluster) -> None:
         ids = triton_grpc.InferInput("text_input", [1], "BYTES")
         ids.set_data_from_numpy(np.array([prompt(SUM[0]).encode()], np.object_))
         parameters = triton_grpc.InferInput("sampling_parameters", [1], "BYTES")
-        parameters.set_data_from_numpy(np.array([b'{"temperature": 0}'], np.object_))
+        parameters.set_data_from_numpy(np.array([b'{"temperature": 0, "max_tokens": 64}'], np.object_))
         answers: list = []
         client.start_stream(lambda result, error: answers.append(error or result))
         client.async_stream_infer("demo", [ids, parameters])

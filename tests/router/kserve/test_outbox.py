@@ -18,7 +18,9 @@ def prepared(model):
     def make(text=PROMPT, request_id="r"):
         async def prepared():
             request = InferRequest(
-                model="demo", id=request_id, inputs={"text_input": [text.encode()], "stream": [True]}
+                model="demo",
+                id=request_id,
+                inputs={"text_input": [text.encode()], "stream": [True], "max_tokens": [100]},
             )
             return await prepare(request, model), model
 
