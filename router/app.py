@@ -75,6 +75,7 @@ class Application:
                 self.models,
                 self.generation,
                 self.metrics,
+                self.pool.can_serve,
                 config.host,
                 config.grpc_port,
                 max_message_bytes=config.max_body_bytes,
@@ -106,11 +107,12 @@ class Application:
     def _asgi(self) -> App:
         parts = (self.models, self.generation, self.metrics, self.config)
         figures = Figures(
-            ready=lambda: self.pool.ready,
+            ready=self.pool.can_serve,
             status=lambda: status(self.config, self.models, self.pool, self.generation),
             metrics=self.metrics,
         )
-        return App(ChatCompletions(*parts), Completions(*parts), self.models, figures, routes(*parts))
+        kserve = routes(*parts, self.pool.can_serve)
+        return App(ChatCompletions(*parts), Completions(*parts), self.models, figures, kserve)
 
 
 class _HttpServer:

@@ -107,10 +107,10 @@ class Pool:
         """Whether the registry's view is up to date."""
         return self._watch.connected
 
-    @property
-    def ready(self) -> bool:
-        """Some worker takes requests, and the index of its model has been read."""
-        return any(c.ready and self._key(c.card) in self._synced for c in self.connections())
+    def can_serve(self, model: str | None = None) -> bool:
+        """Some worker (of this model) takes requests, and the index of its model has been read."""
+        models = self._connections if model is None else (model,)
+        return any(c.ready and self._key(c.card) in self._synced for name in models for c in self.workers(name))
 
     def connections(self) -> list[WorkerConnection]:
         """All of them, of every model."""

@@ -29,7 +29,7 @@ def status(config: RouterConfig, models: Models, pool: Pool, generation: Generat
     """The whole document."""
     return {
         "version": version(),
-        "ready": pool.ready,
+        "ready": pool.can_serve(),
         "namespace": config.namespace,
         "policy": config.placement.policy,
         "redis_connected": pool.redis_connected,

@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 from router.errors import InvalidRequest, ModelNotFound, RouterError, Unavailable
 from router.kserve import grpc_messages as messages
 from router.kserve.errors import NotFound, Unimplemented, grpc_status
-from router.kserve.face import find_model, model_config, model_metadata, server_metadata
+from router.kserve.face import Ready, find_model, model_config, model_metadata, server_metadata
 from router.kserve.outbox import Item, Outbox, generate
 from router.kserve.request import Job, prepare
 from router.kserve.response import Responder
@@ -53,6 +53,7 @@ class KServeGrpc:
         models: Models,
         generator: Generator,
         metrics: Metrics,
+        ready: Ready,
         host: str,
         port: int,
         *,
@@ -62,6 +63,7 @@ class KServeGrpc:
         self._models = models
         self._generator = generator
         self._metrics = metrics
+        self._ready = ready
         self._host = host
         self.port = port
         """After entering: the port in use."""
@@ -119,14 +121,14 @@ class KServeGrpc:
         return pb.ServerLiveResponse(live=True)
 
     async def _server_ready(self, request: pb.ServerReadyRequest, context: Context) -> Message:
-        return pb.ServerReadyResponse(ready=bool(self._models.names()))
+        return pb.ServerReadyResponse(ready=self._ready(None))
 
     async def _server_metadata(self, request: pb.ServerMetadataRequest, context: Context) -> Message:
         return pb.ServerMetadataResponse(**server_metadata())
 
     async def _model_ready(self, request: pb.ModelReadyRequest, context: Context) -> Message:
         try:
-            ready = bool(find_model(self._models, request.name, request.version).cards)
+            ready = self._ready(find_model(self._models, request.name, request.version).name)
         except (ModelNotFound, NotFound):
             ready = False
         return pb.ModelReadyResponse(ready=ready)

@@ -21,7 +21,7 @@ from router.http.asgi import ClientGone, read_body, trace_context
 from router.kserve import http_body
 from router.kserve.errors import NotFound, Unimplemented, http_status
 from router.kserve.event_stream import EventStream, until_disconnect
-from router.kserve.face import find_model, model_config, model_metadata, server_metadata
+from router.kserve.face import Ready, find_model, model_config, model_metadata, server_metadata
 from router.kserve.outbox import generate
 from router.kserve.request import InferRequest, Job, prepare
 from router.kserve.response import Parameters, Responder, Response
@@ -58,9 +58,9 @@ _T = TypeVar("_T")
 Handler = Callable[[Request], Awaitable[HttpResponse]]
 
 
-def routes(models: Models, generator: Generator, metrics: Metrics, config: RouterConfig) -> list[Route]:
+def routes(models: Models, generator: Generator, metrics: Metrics, config: RouterConfig, ready: Ready) -> list[Route]:
     """Everything under `/v2`. The first route that fits a path counts, so longer paths come first."""
-    face = _Http(models, generator, metrics, config)
+    face = _Http(models, generator, metrics, config, ready)
     table: list[tuple[str, str, Handler]] = []
     for base in _MODEL_PATHS:
         table += [
@@ -84,7 +84,10 @@ def routes(models: Models, generator: Generator, metrics: Metrics, config: Route
 class _Http:
     """The handlers. They raise `RouterError`; `_answering` gives it KServe's form."""
 
-    def __init__(self, models: Models, generator: Generator, metrics: Metrics, config: RouterConfig) -> None:
+    def __init__(
+        self, models: Models, generator: Generator, metrics: Metrics, config: RouterConfig, ready: Ready
+    ) -> None:
+        self._ready = ready
         self._models = models
         self._generator = generator
         self._metrics = metrics
@@ -97,10 +100,10 @@ class _Http:
         return HttpResponse()
 
     async def ready(self, request: Request) -> HttpResponse:
-        return HttpResponse(status_code=200 if self._models.names() else 400)
+        return HttpResponse(status_code=200 if self._ready(None) else 400)
 
     async def model_ready(self, request: Request) -> HttpResponse:
-        return HttpResponse(status_code=200 if self._model(request).cards else 400)
+        return HttpResponse(status_code=200 if self._ready(self._model(request).name) else 400)
 
     async def model_metadata(self, request: Request) -> HttpResponse:
         return _json(model_metadata(self._model(request)))

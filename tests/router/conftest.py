@@ -62,7 +62,7 @@ class Cluster:
         wanted = len(self.workers) if workers is None else workers
         await self._eventually(lambda: sum(c.ready for c in application.pool.connections()) == wanted)
         if wanted:
-            await self._eventually(lambda: application.pool.ready)
+            await self._eventually(lambda: application.pool.can_serve())
 
     def client(self, application: Application) -> openai.AsyncOpenAI:
         """The real client, without its own retries."""

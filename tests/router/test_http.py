@@ -8,6 +8,7 @@ from typing import Any
 import httpx2 as httpx
 import msgspec
 import pytest
+import tritonclient.grpc.aio as triton
 from scripted_worker import EOS, TOKENIZER, ids_of, says, silent
 
 from kvstore import wire
@@ -104,6 +105,29 @@ async def test_health_and_readiness(cluster, http) -> None:
     await cluster.worker(silent)
     await cluster.connected(router)
     assert (await http.get(f"{url_of(router)}/ready")).status_code == 200
+
+
+async def test_kserve_is_ready_when_the_router_is(cluster, http, eventually) -> None:
+    """A known model whose only worker cannot be reached is not ready, by HTTP or gRPC; with a worker, it is."""
+    router = await cluster.router()
+    dead = await cluster.worker()
+    await dead.kill()
+    await eventually(lambda: router.models.names() == ["demo"] and router.pool.connections())
+    async with triton.InferenceServerClient(f"127.0.0.1:{router.grpc_port}") as client:
+
+        async def answers() -> list[bool]:
+            paths = ("/ready", "/v2/health/ready", "/v2/models/demo/ready")
+            codes = [(await http.get(url_of(router) + path)).status_code for path in paths]
+            return [
+                *(code == 200 for code in codes),
+                await client.is_server_ready(),
+                await client.is_model_ready("demo"),
+            ]
+
+        assert await answers() == [False] * 5
+        await cluster.worker()
+        await cluster.connected(router, 1)
+        assert await answers() == [True] * 5
 
 
 async def test_status(cluster, http, eventually) -> None:

@@ -107,6 +107,8 @@ class Faces(threading.Thread):
         self.metrics = Metrics()
         self.loop = asyncio.new_event_loop()
         self.http_port = self.grpc_port = 0
+        self.serving: set[str] = set()
+        """Models that the router says it can serve."""
         self._ready = threading.Event()
         self._stopping = asyncio.Event()
 
@@ -126,12 +128,12 @@ class Faces(threading.Thread):
 
     async def _serve(self) -> None:
         config = RouterConfig(redis_url="", max_body_bytes=MAX_BODY_BYTES)
-        app = Starlette(routes=routes(self.models, self.generator, self.metrics, config))
+        app = Starlette(routes=routes(self.models, self.generator, self.metrics, config, self.is_ready))
         listener = socket.create_server(("127.0.0.1", 0))
         self.http_port = listener.getsockname()[1]
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning", http=Connection))
         async with AsyncExitStack() as stack:
-            grpc = KServeGrpc(self.models, self.generator, self.metrics, "127.0.0.1", 0)
+            grpc = KServeGrpc(self.models, self.generator, self.metrics, self.is_ready, "127.0.0.1", 0)
             self.grpc_port = (await stack.enter_async_context(grpc)).port
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
@@ -140,6 +142,9 @@ class Faces(threading.Thread):
             await self._stopping.wait()
             server.should_exit = True
             await serving
+
+    def is_ready(self, model: str | None) -> bool:
+        return bool(self.serving) if model is None else model in self.serving
 
     @property
     def http(self) -> str:
@@ -199,6 +204,7 @@ def faces(_faces: Faces) -> Faces:
     """Fresh state on the same ports."""
     _faces.generator.__init__(_faces.tokenizer)
     _faces.metrics.requests.clear()
+    _faces.serving = set(_faces.models.names())
     return _faces
 
 

@@ -100,6 +100,17 @@ def test_health_and_server_metadata(client, faces):
     assert client.get_server_metadata().name == "dynamo-llm"
 
 
+def test_known_is_not_ready(client, faces):
+    """A model whose workers are registered but take nothing yet is not ready, nor is a server without another one."""
+    faces.serving = {"org/demo"}
+    assert client.is_server_ready()
+    assert not client.is_model_ready("demo")
+    assert client.is_model_ready("org/demo")
+    faces.serving = set()
+    assert not client.is_server_ready()
+    assert client.is_server_live()
+
+
 def test_model_metadata_and_config_agree(client):
     """Metadata and config name the same tensors, and the config is a decoupled model without batching."""
     metadata = client.get_model_metadata("demo")
@@ -112,6 +123,17 @@ def test_model_metadata_and_config_agree(client):
     assert config.model_transaction_policy.decoupled
     assert config.max_batch_size == 0
     assert config.parameters["block_size"].string_value == "16"
+
+
+def test_sixteen_tokens_unless_told_otherwise(client, stream, generator):
+    """As in vLLM: a client that names no `max_tokens` gets 16, and an explicit null lifts the limit."""
+    client.infer("demo", prompt())
+    stream.ask(prompt())
+    stream.until_final()
+    for document in ('{"temperature": null}', '{"max_tokens": null}'):
+        client.infer("demo", [*prompt(), tensor("sampling_parameters", [document], "BYTES")])
+    assert [request.sampling.max_tokens for request in generator.requests] == [16, 16, 16, None]
+    assert generator.requests[2].sampling.temperature == 1.0
 
 
 def test_infer_prepends_the_prompt(client, generator):
@@ -445,7 +467,7 @@ async def test_drain_lets_requests_finish(faces, tokenizer, generator):
             await go.wait()
             return await super().generate(request, on_delta, on_placed)
 
-    server = KServeGrpc(faces.models, Gated(tokenizer), Metrics(), "127.0.0.1", 0)
+    server = KServeGrpc(faces.models, Gated(tokenizer), Metrics(), faces.is_ready, "127.0.0.1", 0)
     await server.__aenter__()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -472,4 +494,4 @@ async def test_busy_port(generator):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(PortBusy, match=f"127.0.0.1:{port}: Address already in use"):
-            await KServeGrpc(Models(), generator, Metrics(), "127.0.0.1", port).__aenter__()
+            await KServeGrpc(Models(), generator, Metrics(), lambda _: False, "127.0.0.1", port).__aenter__()

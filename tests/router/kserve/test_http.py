@@ -90,6 +90,18 @@ def test_health_and_metadata(client, faces):
     assert config["model_transaction_policy"] == {"decoupled": True}
 
 
+def test_known_is_not_ready(client, faces):
+    """A model whose workers are registered but take nothing yet is not ready, nor is a server without another one."""
+    faces.serving = {"org/demo"}
+    assert client.is_server_ready()
+    assert not client.is_model_ready("demo")
+    assert client.is_model_ready("org/demo")
+    assert not client.is_model_ready("nothing")
+    faces.serving = set()
+    assert not client.is_server_ready()
+    assert client.is_server_live()
+
+
 def test_model_names_may_have_slashes(client):
     """Hugging Face names work in paths as they are."""
     assert client.get_model_metadata("org/demo")["name"] == "org/demo"
@@ -123,7 +135,7 @@ def test_infer_in_json_and_binary(client, tokenizer, binary_in, binary_out):
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
 def test_compression_both_ways(client, algorithm):
     """Compressed requests are understood, and long answers come compressed to a client that takes it."""
-    inputs = [tensor("text_input", [PROMPT * 50], "BYTES")]
+    inputs = [tensor("text_input", [PROMPT * 50], "BYTES"), tensor("max_tokens", [2000], "INT64")]
     compression = {"request_compression_algorithm": algorithm, "response_compression_algorithm": algorithm}
     result = client.infer("demo", inputs, **compression)
     assert result.as_numpy("text_output")[0].decode() == PROMPT * 100
@@ -131,7 +143,8 @@ def test_compression_both_ways(client, algorithm):
 
 def test_compressed_answer_is_marked(faces):
     """The answer's Content-Encoding says how it was compressed."""
-    answer = post(faces, INFER, {"inputs": [json_tensor(data=[PROMPT * 50])]}, Accept_Encoding="gzip")
+    inputs = [json_tensor(data=[PROMPT * 50]), json_tensor("max_tokens", [2000], "INT32")]
+    answer = post(faces, INFER, {"inputs": inputs}, Accept_Encoding="gzip")
     assert answer.headers["content-encoding"] == "gzip"
     assert json.loads(gzip.decompress(answer.body))["outputs"][0]["data"] == [PROMPT * 100]
 
@@ -165,6 +178,14 @@ def test_generate_as_tensorrtllm_users_send_it(faces, generator):
     body = {"text_input": PROMPT, "max_tokens": 20, "bad_words": "", "stop_words": "", "pad_id": 2, "end_id": 1}
     assert post(faces, GENERATE, body).json["text_output"].startswith(PROMPT)
     assert generator.requests[0].stop == ()
+
+
+def test_sixteen_tokens_unless_told_otherwise(faces, generator):
+    """As in vLLM, whichever endpoint is asked."""
+    post(faces, INFER, {"inputs": [json_tensor()]})
+    post(faces, GENERATE, {"text_input": PROMPT})
+    post(faces, STREAM, {"text_input": PROMPT, "stream": True})
+    assert [request.sampling.max_tokens for request in generator.requests] == [16, 16, 16]
 
 
 def test_generate_stream(faces):
