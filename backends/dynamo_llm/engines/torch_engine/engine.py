@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ class TorchEngine:
     def __init__(self, folder: Path, model: str, options: dict[str, Any]) -> None:
         """Raises `EngineError` for options, folders and models that cannot be served."""
         config = TorchConfig.from_options(options)
-        self._runner = runner = Runner(folder, config)
+        # On a thread that ends: OpenMP counts the idle threads of every thread that ever computed, and with more of them
+        # than cores it stops spinning between pieces of work, which would make each step up to three times as long.
+        with ThreadPoolExecutor(1) as loader:
+            self._runner = runner = loader.submit(Runner, folder, config).result()
         self.info = EngineInfo(
             name="torch",
             version=str(torch.__version__),

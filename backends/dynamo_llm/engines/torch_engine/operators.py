@@ -87,7 +87,9 @@ class TorchOperators:
         keys, values = self._gather(index, batch.block_tables[:sequences])
         positions = torch.arange(keys.shape[2], device=query.device)
         mask = positions <= batch.positions[:sequences, None]
-        out = functional.scaled_dot_product_attention(query.unsqueeze(2), keys, values, attn_mask=mask[:, None, None])
+        out = functional.scaled_dot_product_attention(
+            query.unsqueeze(2), keys, values, attn_mask=mask[:, None, None], enable_gqa=True
+        )
         return out.squeeze(2)
 
     def attend_chunk(self, index: int, query: torch.Tensor, batch: Batch, chunk: Chunk) -> torch.Tensor:
@@ -100,18 +102,20 @@ class TorchOperators:
         if chunk.start:
             mask = torch.ones(chunk.tokens, context, dtype=torch.bool, device=query.device).tril(chunk.start)
         out = functional.scaled_dot_product_attention(
-            query.transpose(0, 1).unsqueeze(0), keys, values, attn_mask=mask, is_causal=mask is None
+            query.transpose(0, 1).unsqueeze(0),
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=True,
         )
         return out.squeeze(0).transpose(0, 1)
 
     def _gather(self, index: int, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values behind block tables [sequences, blocks]: each [sequences, heads, tokens, head_dim]."""
-        blocks = self._pool[tables.long(), index]
-        sequences, width = tables.shape
-        keys_values = blocks.permute(2, 0, 3, 1, 4, 5).reshape(2, sequences, self._kv_heads, -1, self._head_dim)
-        if self._heads != self._kv_heads:
-            keys_values = keys_values.repeat_interleave(self._heads // self._kv_heads, dim=2)
-        keys, values = keys_values
+        """Keys and values behind block tables [sequences, blocks]: each [sequences, kv_heads, tokens, head_dim]."""
+        blocks = self._pool[:, index].index_select(0, tables.flatten())
+        blocks = blocks.view(*tables.shape, *blocks.shape[1:]).permute(2, 0, 3, 1, 4, 5)
+        keys, values = blocks.reshape(2, len(tables), self._kv_heads, -1, self._head_dim)
         return keys, values
 
 
