@@ -4,10 +4,10 @@ The only file that imports pytriton. What of PyTriton's ways matters here:
 
 - Each model is a stub process of Triton's python backend, which talks to a thread with an event loop in this process.
 - Tensors travel as base64 in JSON (`PYTRITON_NO_TENSORSTORE`): for payloads of a few kilobytes that takes less time
-than the round trips to PyTriton's shared-memory manager, and saves that manager and its tracker for each model. - The
-models lie in the server's repository from the start, instead of being sent to the running server: they load at the
-same time, and no copies of theirs are left in /tmp. - A client's cancellation never reaches us; `session.py` says
-what does.
+  than the round trips to PyTriton's shared-memory manager, and saves that manager and its tracker for each model.
+- The models lie in the server's repository from the start, instead of being sent to the running server: they load at
+  the same time, and no copies of theirs are left in /tmp.
+- A client's cancellation never reaches us; `session.py` says what does.
 """
 
 import contextlib
