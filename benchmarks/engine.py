@@ -73,7 +73,11 @@ def open_torch(settings: dict[str, Any]) -> tuple[str, Any, Any]:
             finished.acquire()
         return len(tokens)
 
-    engine.start(on_step, lambda reason: os._exit(f"the engine died: {reason}" and 1))
+    def on_death(reason: str) -> None:
+        print(f"the engine died: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    engine.start(on_step, on_death)
     return engine.info.version, generate, engine.close
 
 

@@ -151,7 +151,8 @@ def make() -> Iterator[Callable[..., Driver]]:
     engines: list[TorchEngine] = []
 
     def make_driver(folder: Path = DEMO, **options: Any) -> Driver:
-        engine = create_engine("torch", folder, "demo", {"kv_blocks": 256, "max_seqs": 16, "threads": 1} | options)
+        defaults = {"device": "cpu", "kv_blocks": 256, "max_seqs": 16, "threads": 1}
+        engine = create_engine("torch", folder, "demo", defaults | options)
         assert isinstance(engine, TorchEngine)
         engines.append(engine)
         return Driver(engine)

@@ -222,7 +222,7 @@ def test_start_twice_is_refused(service: Service) -> None:
         ({"device": "warp"}, "warp"),
         ({"max_context": 4096}, "4096.*2048"),
         ({"max_batch_tokens": 4, "max_seqs": 8}, "max_batch_tokens"),
-        ({"attention": "native", "dtype": "bfloat16"}, "native"),
+        ({"attention": "native", "dtype": "bfloat16", "device": "cpu"}, "native"),
     ],
 )
 def test_wrong_options(demo: Path, options: dict[str, Any], words: str) -> None:
@@ -241,7 +241,7 @@ def test_options_as_text(make: Make) -> None:
 
 def test_default_pool_is_bounded(demo: Path) -> None:
     """On a CPU nobody's memory is taken by a pool that nobody asked for."""
-    engine = create_engine("torch", demo, "demo", {"attention": "sdpa"})
+    engine = create_engine("torch", demo, "demo", {"attention": "sdpa", "device": "cpu"})
     assert 1 <= engine.info.kv_blocks <= 2048
     engine.close()
 

@@ -136,7 +136,7 @@ def test_fallback(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, cap
     assert "no such machine" in caplog.text
     assert len(driver.generate([5, 6, 7])) == 8
     with pytest.raises(EngineError, match="no such machine"):
-        create_engine("torch", demo, "m", {"attention": "native"})
+        create_engine("torch", demo, "m", {"attention": "native", "device": "cpu"})
 
 
 def test_numba_missing(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -39,11 +39,12 @@ class TorchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     threads: _Count | None = None
     """CPU threads of one step; None: one per core. Divide the cores where workers share a machine."""
     attention: Literal["auto", "native", "sdpa"] = "auto"
-    """`native`: compiled kernels over the block table (CPU, float32); `sdpa`: gather and torch's attention, anywhere."""
+    """`native`: compiled kernels over the block table (CPU, float32); `sdpa`: gather, and torch's attention, anywhere;
+    auto: native where it can run."""
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "TorchConfig":
-        """Numbers may come as text, as command lines give them. Raises `EngineError` naming the nearest known option."""
+        """Numbers may be text, as command lines give them. Raises `EngineError` naming the nearest known option."""
         for key in options:
             if key not in cls.__struct_fields__:
                 near = difflib.get_close_matches(key, cls.__struct_fields__, n=1, cutoff=0)[0]

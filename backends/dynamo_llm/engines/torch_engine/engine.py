@@ -31,8 +31,8 @@ class TorchEngine:
     def __init__(self, folder: Path, model: str, options: dict[str, Any]) -> None:
         """Raises `EngineError` for options, folders and models that cannot be served."""
         config = TorchConfig.from_options(options)
-        # On a thread that ends: OpenMP counts the idle threads of every thread that ever computed, and with more of them
-        # than cores it stops spinning between pieces of work, which would make each step up to three times as long.
+        # On a thread that ends: OpenMP counts the idle helpers of every thread that ever computed, and with more of
+        # them than cores it sleeps between pieces of work, which would make a step up to three times as long.
         with ThreadPoolExecutor(1) as loader:
             self._runner = runner = loader.submit(Runner, folder, config).result()
         self.info = EngineInfo(

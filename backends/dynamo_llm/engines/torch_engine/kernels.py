@@ -1,8 +1,8 @@
-"""CPU kernels between the matrix products, compiled by numba: norm, rotate and store, paged attention, gated activation.
+"""CPU kernels between the matrix products, compiled by numba: norm, rotate and store, attention, gated activation.
 
-Each kernel is a C function of one pointer to its arguments (a record of int64 fields: addresses and sizes), so it costs a
-microsecond to call and can run on the OpenMP threads that torch's own products run on (`team.py`). Work is dealt out by an
-atomic counter. Only `native.py` calls this module; numba is imported nowhere else in the engine.
+Each kernel is a C function of one pointer to its arguments (a record of int64 fields: addresses and sizes), so it costs
+a microsecond to call and can run on the OpenMP threads that torch's own products run on (`team.py`). Work is dealt out
+by an atomic counter. Only `native.py` calls this module.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the engine needs to know of a model, read from its Hugging Face folder (`config.json`, `generation_config.json`)."""
+"""What the engine needs to know of a model, read from `config.json` and `generation_config.json` in its folder."""
 
 import json
 from pathlib import Path

@@ -3,8 +3,8 @@
 Two sets: `TorchOperators` runs on any device and dtype; `native.NativeOperators` fuses the same in compiled kernels for
 float32 on a CPU. The model calls them and knows no other difference between devices.
 
-The KV pool is one tensor, shape [kv_blocks, layers, 2 (key, value), kv_heads, block_size, head_dim]: all bytes of a block
-lie together, at `block * bytes_per_block`, so that a block moves between machines as one piece.
+The KV pool is one tensor, shape [kv_blocks, layers, 2 (key, value), kv_heads, block_size, head_dim]: all bytes of a
+block lie together, at `block * bytes_per_block`, so that a block moves between machines as one piece.
 """
 
 from typing import Protocol

@@ -14,7 +14,7 @@ Rope = dict[str, Any]
 def rope_table(rope: Rope, head_dim: int, max_context: int, device: torch.device) -> torch.Tensor:
     """Cosines, then sines, of each position: float32, shape [max_context, head_dim].
 
-    Angles follow arXiv:2104.09864 in the split-half layout of the Hugging Face models: element i is rotated with i + d/2.
+    Angles follow arXiv:2104.09864, in the layout of the Hugging Face models: element i is rotated with i + head_dim/2.
     """
     kind = rope["rope_type"]
     if kind not in _SCALINGS:
@@ -33,7 +33,7 @@ def _frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
 
 
 def _default(rope: Rope, head_dim: int) -> tuple[torch.Tensor, float]:
-    """Also `dynamic` (NTK): it changes the frequencies only beyond the trained context, which this engine does not serve."""
+    """Also `dynamic` (NTK): it differs only beyond the trained context, which this engine does not serve."""
     return _frequencies(rope, head_dim), 1.0
 
 

@@ -1,4 +1,4 @@
-"""Holds model and KV pool on their device, and turns a step's work into tokens. The engine's thread is the only caller."""
+"""Holds model and KV pool on their device, and turns a step's work into tokens. Only the engine's thread calls it."""
 
 import logging
 import os
@@ -39,6 +39,7 @@ class Runner:
         self.model_config = read_model_config(folder)
         self._device = _device(config.device)
         self._threads = config.threads or len(os.sched_getaffinity(0))
+        self.prepare_thread()
         dtype = _dtype(config, self.model_config, self._device)
         weights = load_weights(folder, self.model_config, self._device, dtype)
         self.kv_blocks = config.kv_blocks or _default_blocks(config, self.model_config, self._device, dtype)
@@ -58,7 +59,7 @@ class Runner:
         )
 
     def prepare_thread(self) -> None:
-        """Call once on the thread that will run: OpenMP's thread count belongs to the calling thread."""
+        """Call once on each thread that computes: OpenMP's thread count belongs to the calling thread."""
         if self._device.type == "cpu":
             torch.set_num_threads(self._threads)
 

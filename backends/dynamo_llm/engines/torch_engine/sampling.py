@@ -1,9 +1,9 @@
 """Which token comes next, for a whole batch at once. A batch pays only for what some request in it asks for.
 
-The order is: logit bias and penalties on the raw logits, then `min_tokens`; greedy requests take the maximum; the others
-apply temperature, min_p, top_k, top_p (each on what the one before left, renormalised) and draw. A draw is the inverse
-of the cumulative distribution at one uniform number that is a hash of (seed, position), so it depends neither on the
-batch nor on preemption, and a sequence replayed elsewhere with the same seed goes on as it would have.
+The order is: logit bias and penalties on the raw logits, then `min_tokens`; greedy requests take the maximum; the
+others apply temperature, min_p, top_k, top_p (each on what the one before left, renormalised) and draw. A draw is the
+inverse of the cumulative distribution at one uniform number that is a hash of (seed, position), so it depends neither
+on the batch nor on preemption, and a sequence replayed elsewhere with the same seed goes on as it would have.
 """
 
 from array import array
@@ -205,7 +205,7 @@ def _invert(p: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
 def uniforms(seeds: Seq[int], positions: Seq[int]) -> npt.NDArray[np.float64]:
     """Numbers in (0, 1), shape [n]: a function of seed (0 to 2**64 - 1) and position only.
 
-    Two rounds of the SplitMix64 finaliser (Steele, Lea, Flood, 2014); 48 bits, so that a product with a sum stays below it.
+    Two rounds of the SplitMix64 finaliser (Steele, Lea, Flood, 2014). 48 bits, so that a sum times it is below the sum.
     """
     x = np.array(seeds, dtype=np.uint64)
     with np.errstate(over="ignore"):

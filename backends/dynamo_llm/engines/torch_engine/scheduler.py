@@ -74,11 +74,11 @@ class Scheduler:
 
     def _decodes(self) -> list[Work]:
         """One token of each sequence whose prompt is done, most urgent first, so that no victim has been chosen yet."""
-        work = []
-        for sequence in tuple(self.running):
-            if sequence.row >= 0 and sequence.computed == len(sequence.tokens) - 1 and self._make_room(sequence):
-                work.append(Work(sequence, 1))
-        return work
+        return [
+            Work(sequence, 1)
+            for sequence in tuple(self.running)
+            if sequence.row >= 0 and sequence.computed == len(sequence.tokens) - 1 and self._make_room(sequence)
+        ]
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A place for its newest token; False when the sequence itself had to give way."""

@@ -1,8 +1,8 @@
 """Runs compiled kernels on the OpenMP threads of torch's own products.
 
-A second thread pool (numba's, say) would compete with torch's: the threads of either spin for a while after each piece of
-work. So a kernel is started by the entry point that compilers emit calls of for `#pragma omp parallel`, taken from the
-OpenMP library that torch has loaded. libgomp and LLVM's libomp both have it.
+A second thread pool (numba's, say) would compete with torch's: the threads of either spin for a while after each piece
+of work. So a kernel is started by the function that compilers call for `#pragma omp parallel`, taken from the OpenMP
+library that torch has loaded. GNU's, LLVM's and Intel's all have it.
 """
 
 import ctypes
