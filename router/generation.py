@@ -12,6 +12,7 @@ from typing import Protocol
 from kvstore import wire
 from kvstore.hashing import block_hashes, root_seed
 from kvstore.index.base import Match
+from kvstore.tasks import spawn, stop
 from router import errors
 from router.config import RouterConfig
 from router.metrics import Metrics, ModelMetrics
@@ -65,7 +66,6 @@ class Generation:
         self._metrics = metrics
         self._config = config
         self._rng = rng or random.Random()
-        self._turn = 0
         self._sequences: set[GeneratedSequence] = set()
 
     @property
@@ -115,11 +115,14 @@ class Generation:
         request = sequence.request
         seed = root_seed(model.name, request.lora, request.cache_salt)
         hashes: list[int] = block_hashes(request.token_ids, model.block_size, seed=seed).tolist()
+        turn, model.turn = model.turn, model.turn + 1
         tried: set[str] = set()
         failure: Retry | None = None
         for _ in range(self._config.max_attempts):
             workers = await self._ready_workers(sequence, model, tried, failure)
-            decision, worker = self._place(workers, model, hashes)
+            if failure is not None:
+                metrics.migrated("lost" if failure.lost else failure.error.code)
+            decision, worker = self._place(workers, model, hashes, turn)
             placed = Placed(
                 instance=decision.instance,
                 prompt_blocks=len(hashes),
@@ -138,7 +141,6 @@ class Generation:
             if failure.error.code not in wire.RETRYABLE:
                 break
             tried.add(worker.instance)
-            metrics.migrated("lost" if failure.lost else failure.error.code)
             if _complete(sequence, model):
                 sequence.finish_at_length()
                 return
@@ -179,6 +181,8 @@ class Generation:
         lost = failure is not None and failure.lost
         give_up_at = loop.time() + (self._config.worker_wait_s if lost else 0.0)
         while True:
+            if sequence.aborted.done():
+                raise sequence.aborted.result()
             ready = [worker for worker in self._fleet.workers(model.name) if worker.ready]
             fresh = [worker for worker in ready if worker.instance not in tried]
             if fresh or (ready and lost):
@@ -186,19 +190,18 @@ class Generation:
             left_s = give_up_at - loop.time()
             if left_s <= 0:
                 raise self._client_error(failure, model)
-            await self._fleet.wait_for_change(left_s)
-            if sequence.aborted is not None:
-                raise sequence.aborted
+            change = spawn("change of the fleet", self._fleet.wait_for_change(left_s))
+            try:
+                await asyncio.wait((change, sequence.aborted), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await stop(change)
 
     def _place(
-        self, workers: Sequence[WorkerConnection], model: Model, hashes: Sequence[int]
+        self, workers: Sequence[WorkerConnection], model: Model, hashes: Sequence[int], turn: int
     ) -> tuple[Decision, WorkerConnection]:
         matches = self._fleet.match(model.name, hashes)
         candidates = [_candidate(worker, matches.get(worker.instance, _NO_MATCH), hashes) for worker in workers]
-        decision = place(
-            len(hashes), model.block_size, candidates, self._config.placement, turn=self._turn, rng=self._rng
-        )
-        self._turn += 1
+        decision = place(len(hashes), model.block_size, candidates, self._config.placement, turn=turn, rng=self._rng)
         return decision, next(worker for worker in workers if worker.instance == decision.instance)
 
     def _client_error(self, failure: Retry | None, model: Model) -> errors.RouterError:

@@ -28,6 +28,8 @@ class Model:
         self.chat_template = chat_template
         self.created_s = created_s
         """When this router first saw it, seconds since 1970."""
+        self.turn = 0
+        """Requests placed so far; round robin goes by it."""
         self.by_instance: dict[str, InstanceCard] = {}
         self.max_context = 0
         """Most tokens, prompt and output together, that every instance takes."""

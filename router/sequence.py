@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from kvstore import wire
-from router.errors import RouterError
+from router.errors import RouterError, WorkerFailed
 from router.metrics import ModelMetrics
 from router.models import Model
 from router.types import Delta, GenerationRequest, Placed, Result
@@ -66,8 +66,8 @@ class Sequence:
         self.finish_reason: wire.FinishReason | None = None
         self.placed: Placed | None = None
         self.cached_tokens: int | None = None
-        self.aborted: RouterError | None = None
-        """Why it is to end, whatever the worker does."""
+        self.aborted: asyncio.Future[RouterError] = asyncio.get_running_loop().create_future()
+        """Its result is why the sequence is to end, whatever the worker does."""
         self.ended: asyncio.Future[None] | None = None
         """Of the present attempt: a result when the sequence is complete, `Retry` or `RouterError` when it failed."""
         self._on_delta = on_delta
@@ -117,7 +117,8 @@ class Sequence:
 
     def abort(self, error: RouterError) -> None:
         """End it with an error: its deadline passed, or the router is leaving."""
-        self.aborted = error
+        if not self.aborted.done():
+            self.aborted.set_result(error)
         self._fail(error)
 
     def finish_at_length(self) -> None:
@@ -135,6 +136,10 @@ class Sequence:
 
     def on_refused(self, error: wire.WireError) -> None:
         self._fail(Retry(error, lost=error.code == "no_session"))
+
+    def on_failed(self, reason: str) -> None:
+        # Never a `Retry`: what the client did not get is among the tokens that another worker would go on from.
+        self._fail(WorkerFailed(reason))
 
     def on_output(self, output: wire.Output) -> None:
         token_ids, finish = output.token_ids, output.finish_reason
@@ -211,11 +216,9 @@ class Sequence:
         self.finish_reason = finish
         self.leave()
         self._metrics.e2e_s.observe(clock() - self._started_at)
-        try:
-            self._take(text, token_ids, logprobs, finish)
-        finally:
-            if self.ended is not None and not self.ended.done():
-                self.ended.set_result(None)
+        self._take(text, token_ids, logprobs, finish)
+        if self.ended is not None and not self.ended.done():
+            self.ended.set_result(None)
 
     def result(self) -> Result:
         """The final answer. Call it when the sequence is complete."""

@@ -16,7 +16,7 @@ import grpc
 
 from kvstore import wire
 from kvstore.cards import InstanceCard
-from kvstore.tasks import stop
+from kvstore.tasks import spawn, stop
 from router.loads import WorkerLoad
 from router.worker_session import Sink, WorkerLost, WorkerSession, one_line
 
@@ -58,17 +58,21 @@ class WorkerConnection:
         self._lingering: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "WorkerConnection":
-        self._task = asyncio.create_task(self._keep_open(), name=f"worker {self.instance}")
+        self._task = spawn(f"worker {self.instance}", self._keep_open())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Ends the session by a command, where the worker still listens, and closes the channel."""
         self._closing = True
-        if self._session is not None:
-            await self._session.end()
-        await stop(self._task)
-        self._lose("the router is closing")
-        await asyncio.gather(*self._lingering, return_exceptions=True)
+        try:
+            if self._session is not None:
+                await self._session.end()
+        finally:  # an impatient owner cancels the good manners, never the closing
+            try:
+                await stop(self._task)
+            finally:
+                self._lose("the router is closing")
+                await asyncio.gather(*self._lingering, return_exceptions=True)
 
     @property
     def connected(self) -> bool:
@@ -120,27 +124,35 @@ class WorkerConnection:
         low_s, high_s = _BACKOFF_S
         wait_s = low_s
         while not self._closing:
-            session = WorkerSession(self.card, self._session_name, self._timeouts_s, self)
+            began_s = time.monotonic()
             try:
-                await session.open()
+                await self._one_session()
             except (grpc.RpcError, asyncio.InvalidStateError, WorkerLost) as error:
                 self.last_error = one_line(error)
                 logger.debug("instance %s: %s", self.instance, self.last_error)
-            else:
-                opened_at_s = time.monotonic()
-                self._session, self._draining = session, False
-                self._on_change()
-                logger.info("instance %s at %s: session open", self.instance, self.card.grpc_address)
-                self._lose(await session.run())
-                if time.monotonic() - opened_at_s > high_s:
-                    wait_s = low_s
-            finally:
-                self._retire(session)
+            except Exception as error:  # the boundary of one session: the next one may fare better
+                logger.exception("instance %s: a session failed", self.instance)
+                self._lose(one_line(error))
+                self.last_error = one_line(error)
+            if time.monotonic() - began_s > 2 * high_s:
+                wait_s = low_s
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
             wait_s = min(2 * wait_s, high_s)
 
+    async def _one_session(self) -> None:
+        """From its opening to its loss. Raises what `WorkerSession.open` raises."""
+        session = WorkerSession(self.card, self._session_name, self._timeouts_s, self)
+        try:
+            await session.open()
+            self._session, self._draining = session, False
+            self._on_change()
+            logger.info("instance %s at %s: session open", self.instance, self.card.grpc_address)
+            self._lose(await session.run())
+        finally:
+            self._retire(session)
+
     def _retire(self, session: WorkerSession) -> None:
-        task = asyncio.create_task(session.retire(), name=f"end of a session of {self.instance}")
+        task = spawn(f"end of a session of {self.instance}", session.retire())
         self._lingering.add(task)
         task.add_done_callback(self._lingering.discard)
 
@@ -202,4 +214,4 @@ def _guarded(sink: Sink, callback: Callable[[Any], None], argument: Any) -> None
         callback(argument)
     except Exception:  # the boundary of one request
         logger.exception("a request's handler failed")
-        sink.on_lost("the router failed on an output")
+        sink.on_failed("the router failed on an output")

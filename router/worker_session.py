@@ -38,6 +38,9 @@ class Sink(Protocol):
     def on_lost(self, reason: str) -> None:
         """The worker or the session is gone. The last call."""
 
+    def on_failed(self, reason: str) -> None:
+        """One of the other methods raised: the request cannot go on here or elsewhere. The last call."""
+
 
 class Owner(Protocol):
     """What a session tells its connection."""
@@ -216,9 +219,10 @@ class WorkerSession:
         except BaseException:
             self._pending = batch + self._pending  # whoever waits for one of them is told when the session is over
             raise
-        for (command, waiter), reply in zip(batch, replies, strict=True):
+        for (_, waiter), reply in zip(batch, replies, strict=True):
             if waiter is not None and not waiter.done():
                 waiter.set_result(reply)
+        for (command, _), reply in zip(batch, replies, strict=True):  # one of these can end the session
             self._owner.on_answer(command, reply, self.inflight)
 
     async def _call(self, commands: list[wire.Command]) -> list[wire.Reply]:

@@ -3,6 +3,8 @@
 import asyncio
 from typing import Any
 
+import msgspec
+import openai
 import pytest
 from scripted_worker import EOS, MAX_CONTEXT, TOKENIZER, ids_of, prompt_of, refuses, says, silent
 
@@ -139,6 +141,7 @@ async def test_no_worker_comes_back(cluster, eventually) -> None:
     with pytest.raises(errors.WorkerFailed):
         await task
     assert router.metrics.model("demo").inflight == 0
+    assert router.metrics.model("demo").migrations == {}
 
 
 async def test_nothing_left_to_generate(cluster, eventually) -> None:
@@ -174,9 +177,10 @@ async def test_another_worker_is_tried(cluster, code: wire.ErrorCode) -> None:
     """A retryable refusal sends the request to another worker."""
     await cluster.worker(refuses(code))
     await cluster.worker(says(TEXT))
-    router = await cluster.router()
+    router = await cluster.router(placement=PlacementSettings(policy="round-robin"))
     results = [await router.generation.generate(request()) for _ in range(3)]
     assert {r.text for r in results} == {TEXT}
+    assert cluster.workers[0].submits
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,62 @@ async def test_deadline(cluster, eventually) -> None:
     with pytest.raises(errors.DeadlineExceeded):
         await router.generation.generate(request())
     await eventually(lambda: worker.cancels)
+
+
+async def test_deadline_in_the_turn_of_a_loss(cluster, eventually) -> None:
+    """A request whose deadline passes just as its worker is lost is not started again."""
+    worker = await cluster.worker(silent)
+    router = await cluster.router(drain_timeout_s=0.2)
+    task = asyncio.create_task(router.generation.generate(request()))
+    await eventually(lambda: worker.submits)
+    (sequence,) = router.generation._sequences
+    sequence.on_lost("gone")
+    sequence.abort(errors.DeadlineExceeded("late"))
+    with pytest.raises(errors.DeadlineExceeded):
+        await asyncio.wait_for(task, 5)
+    assert len(worker.submits) == 1
+
+
+async def test_deadline_while_no_worker_is_there(cluster, eventually) -> None:
+    """The deadline ends the wait for another worker."""
+    worker = await cluster.worker(silent)
+    router = await cluster.router(worker_wait_s=3600.0)
+    task = asyncio.create_task(router.generation.generate(request()))
+    await eventually(lambda: worker.submits)
+    (sequence,) = router.generation._sequences
+    await worker.kill()
+    await eventually(lambda: sequence._worker is None)  # it waits for another one
+    sequence.abort(errors.DeadlineExceeded("late"))
+    with pytest.raises(errors.DeadlineExceeded):
+        await asyncio.wait_for(task, 5)
+
+
+async def test_drain_while_no_worker_is_there(cluster, eventually) -> None:
+    """A client that waits for another worker when the router leaves is told so in the API's form."""
+    worker = await cluster.worker(silent)
+    router = await cluster.router(worker_wait_s=3600.0, drain_timeout_s=0.2)
+    client = cluster.client(router)
+    task = asyncio.create_task(client.completions.create(model="demo", prompt="hello"))
+    await eventually(lambda: worker.submits)
+    await worker.kill()
+    await eventually(lambda: not router.pool.connections()[0].connected)
+    await router.__aexit__(None, None, None)
+    with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
+        await task
+    assert caught.value.status_code == 503
+
+
+async def test_a_failing_client_is_not_replayed(cluster) -> None:
+    """A request whose own handler fails ends with an error, since the next worker would go on behind the lost text."""
+    worker = await cluster.worker(says(TEXT))
+    router = await cluster.router()
+
+    def fail(delta: Delta) -> None:
+        raise RuntimeError("broken handler")
+
+    with pytest.raises(errors.WorkerFailed, match="the router failed"):
+        await router.generation.generate(request(), fail)
+    assert len(worker.submits) == 1
 
 
 async def test_inflight_limit(cluster, eventually) -> None:
@@ -311,6 +371,18 @@ async def test_round_robin(cluster) -> None:
     for _ in range(9):
         await router.generation.generate(request())
     assert [len(w.submits) for w in workers] == [3, 3, 3]
+
+
+async def test_round_robin_of_two_models(cluster) -> None:
+    """Each model has turns of its own, and a request that is tried twice takes one of them."""
+    first = [await cluster.worker(says("ok")) for _ in range(2)]
+    second = [await cluster.worker(says("ok"), model="other") for _ in range(2)]
+    router = await cluster.router(placement=PlacementSettings(policy="round-robin"))
+    await cluster.connected(router)
+    for _ in range(6):
+        await router.generation.generate(request())
+        await router.generation.generate(msgspec.structs.replace(request(), model="other"))
+    assert [len(w.submits) for w in first + second] == [3, 3, 3, 3]
 
 
 async def test_a_burst_spreads(cluster) -> None:

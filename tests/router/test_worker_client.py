@@ -5,33 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
+from inbox import Inbox
 from scripted_worker import Refusal, ScriptedWorker, says, silent
 
 from kvstore import wire
 from router.worker_client import WorkerConnection, next_rid
-from router.worker_session import WorkerLost
-
-
-class Inbox:
-    """A sink that keeps everything."""
-
-    def __init__(self) -> None:
-        self.outputs: list[wire.Output] = []
-        self.refused: list[wire.WireError] = []
-        self.lost: list[str] = []
-
-    def on_output(self, output: wire.Output) -> None:
-        self.outputs.append(output)
-
-    def on_refused(self, error: wire.WireError) -> None:
-        self.refused.append(error)
-
-    def on_lost(self, reason: str) -> None:
-        self.lost.append(reason)
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [token for output in self.outputs for token in output.token_ids]
+from router.worker_session import WorkerLost, WorkerSession
 
 
 @pytest.fixture
@@ -187,6 +166,57 @@ async def test_no_server(stack, eventually) -> None:
         await eventually(lambda: "UNAVAILABLE" in connection.last_error)
         with pytest.raises(WorkerLost):
             await connection.snapshot()
+    assert tasks_of(worker) == []
+
+
+def tasks_of(worker: ScriptedWorker) -> list[str]:
+    """Names of the tasks that serve a worker."""
+    return [task.get_name() for task in asyncio.all_tasks() if worker.instance in task.get_name()]
+
+
+async def test_an_impatient_owner(worker, connection, eventually, monkeypatch) -> None:
+    """A connection whose closing is cancelled, while the worker does not answer, leaves no task and no stream."""
+    monkeypatch.setattr("router.worker_session.LINGER_S", 0.2)
+    worker.hold_control = asyncio.Event()
+    _, inbox = submit(connection)
+    closing = asyncio.create_task(connection.__aexit__())
+    await eventually(lambda: not connection.ready)
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)
+    assert tasks_of(worker) == []
+    assert inbox.lost == ["the router is closing"]
+    worker.hold_control.set()
+
+
+async def test_an_unforeseen_error_does_not_end_reconnection(worker, stack, eventually, monkeypatch, caplog) -> None:
+    """Whatever a session raises is logged, and another one is opened."""
+    whole = WorkerSession.open
+    calls: list[WorkerSession] = []
+
+    async def fails_once(session: WorkerSession) -> None:
+        calls.append(session)
+        if len(calls) == 1:
+            raise RuntimeError("unforeseen")
+        await whole(session)
+
+    monkeypatch.setattr(WorkerSession, "open", fails_once)
+    connection = await stack.enter_async_context(WorkerConnection(worker.card(), "router-6", 2.0, 2.0))
+    await eventually(lambda: connection.ready)
+    assert "unforeseen" in caplog.text
+
+
+async def test_a_batch_that_ends_the_session_answers_its_waiters(worker, connection, eventually) -> None:
+    """A snapshot asked for behind a command that finds the session gone gets its answer."""
+
+    def script(worker: ScriptedWorker, command: wire.Submit) -> None:
+        raise Refusal(wire.WireError("no_session", "expired"))
+
+    worker.script = script
+    snapshot = asyncio.create_task(connection.snapshot())  # runs before the control caller wakes
+    _, inbox = submit(connection)
+    assert (await asyncio.wait_for(snapshot, 5)).instance == worker.instance
+    assert len(inbox.refused) == 1
+    assert [type(c) for c in worker.batches[-1].commands] == [wire.Submit, wire.Snapshot]
 
 
 async def test_snapshot(worker, connection) -> None:
@@ -219,7 +249,7 @@ async def test_a_failing_handler_harms_nobody_else(worker, connection, eventuall
     worker.emit(wire.Output(rid, [1]), wire.Output(other_rid, [2], "stop"))
     await eventually(lambda: other.outputs)
     assert "broken handler" in caplog.text
-    assert broken.lost == ["the router failed on an output"]
+    assert (broken.failed, broken.lost) == (["the router failed on an output"], [])
     connection.release(rid)
 
 
