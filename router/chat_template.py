@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import msgspec
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -125,12 +126,21 @@ def _strftime_now(pattern: str) -> str:
 
 
 def _named_templates(entry: Any) -> dict[str, str]:
-    """`chat_template` of tokenizer_config.json: one template, or a list of named ones."""
+    """`chat_template` of tokenizer_config.json: one template, or a list of named ones. Raises ValueError."""
+    if entry is None:
+        return {}
     if isinstance(entry, str):
         return {"default": entry}
-    if isinstance(entry, list):
-        return {str(item["name"]): str(item["template"]) for item in entry}
-    return {}
+    try:
+        named = msgspec.convert(entry, list[_NamedTemplate])
+    except msgspec.ValidationError as error:
+        raise ValueError(f"chat_template in tokenizer_config.json: {error}") from error
+    return {item.name: item.template for item in named}
+
+
+class _NamedTemplate(msgspec.Struct, frozen=True):
+    name: str
+    template: str
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -108,7 +108,17 @@ def test_no_template() -> None:
         ChatTemplate.from_files({"tokenizer_config.json": b"{}"}).render(CHATS[0])
 
 
-@pytest.mark.parametrize("files", [{"chat_template.jinja": b"{% if %}"}, {"tokenizer_config.json": b"[]"}])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"chat_template.jinja": b"{% if %}"},
+        {"tokenizer_config.json": b"[]"},
+        {"tokenizer_config.json": b'{"chat_template": [{"template": "x"}]}'},
+        {"tokenizer_config.json": b'{"chat_template": [null]}'},
+        {"tokenizer_config.json": b'{"chat_template": [{"name": "default", "template": 1}]}'},
+        {"tokenizer_config.json": b'{"chat_template": 1}'},
+    ],
+)
 def test_unreadable_files(files: dict[str, bytes]) -> None:
     """Broken files are refused when they are read."""
     with pytest.raises(ValueError, match=r"template|tokenizer_config"):
