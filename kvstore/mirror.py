@@ -168,16 +168,20 @@ class IndexMirror:
                 if not loaded:
                     await self._load()
                     loaded = True
-                entries = await self._reader.read()
+                await self._take(await self._reader.read())
             except StoreError as error:
                 if self.connected or not loaded:
                     _log.warning("KV events cannot be read, the index stays as it is: %s", error)
                 self.connected = False
                 await backoff.pause()
                 continue
+            except Exception:  # noqa: BLE001 - nobody else goes on with the stream; batches lost here show as gaps
+                _log.exception("following KV events failed, going on")
+                self.connected = False
+                await backoff.pause()
+                continue
             self.connected = True
             backoff.reset()
-            await self._take(entries)
             if self._reader.at_end:
                 self._caught_up.set()
 

@@ -116,6 +116,9 @@ class Watch:
                 self.connected = False
             except RedisError as error:  # from closing a broken subscription
                 _log.debug("closing a subscription: %s", error)
+            except Exception:  # noqa: BLE001 - nobody else would go on watching; the next listing is the whole truth
+                _log.exception("watching the registry failed, beginning again")
+                self.connected = False
             await backoff.pause()
 
     async def _follow(self, pubsub: PubSub, backoff: Backoff) -> None:

@@ -327,3 +327,23 @@ async def test_documented_rights_suffice(redis_server: EmbeddedRedis, eventually
                 one.publish([Stored(None, [1])])
                 await eventually(lambda: cluster.exact(mirror))
                 await eventually(lambda: redis.exists(KEYS.index("demo", 16)))
+
+
+async def test_an_unforeseen_error_does_not_end_the_mirror(
+    cluster: Cluster, eventually: Eventually, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a batch raises is logged; the mirror goes on, and repairs what it lost."""
+    async with cluster.mirror() as mirror, workers(cluster, 1) as (worker,):
+        worker.publish([Stored(None, [1, 2, 3])])
+        await eventually(lambda: cluster.exact(mirror))
+        whole, failures = mirror._follower.handle, iter([RuntimeError("unforeseen")])
+
+        def fails_once(time_ms: int, batch: EventBatch) -> bool:
+            for failure in failures:
+                raise failure
+            return whole(time_ms, batch)
+
+        monkeypatch.setattr(mirror._follower, "handle", fails_once)
+        worker.publish([Stored(None, [4, 5, 6])])
+        await eventually(lambda: "unforeseen" in caplog.text)
+        await eventually(lambda: mirror.connected and cluster.exact(mirror))

@@ -16,7 +16,7 @@ from kvstore.connect import connect
 from kvstore.embedded import EmbeddedRedis
 from kvstore.errors import StoreDataError, StoreUnavailable
 from kvstore.keys import Keys
-from kvstore.records import LeaseRecord
+from kvstore.records import LeaseRecord, Listing
 from kvstore.registry import Registry
 from kvstore.watch import Added, Change, Changed, Removed, SettingChanged, Watch
 
@@ -257,6 +257,25 @@ async def test_settings(redis: Redis, eventually: Eventually) -> None:
     await redis.hset(KEYS.settings(), mapping={f"s{number}": b"1" for number in range(254)})
     with pytest.raises(StoreDataError, match="256"):
         await registry.set_setting("another", 1)
+
+
+async def test_an_unforeseen_error_does_not_end_the_watch(
+    redis: Redis, eventually: Eventually, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a listing raises is logged, and the watch goes on with the next one."""
+    registry = Registry(redis)
+    whole, failures = registry.list, iter([RuntimeError("unforeseen")])
+
+    async def fails_once() -> Listing:
+        for failure in failures:
+            raise failure
+        return await whole()
+
+    async with watching(registry) as (watch, _):
+        monkeypatch.setattr(registry, "list", fails_once)
+        await eventually(lambda: "unforeseen" in caplog.text)
+        async with await Registry(redis).register(card()):
+            await eventually(lambda: watch.connected and watch.instances)
 
 
 async def test_failing_callback(redis: Redis, eventually: Eventually, caplog: pytest.LogCaptureFixture) -> None:
