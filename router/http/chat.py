@@ -3,8 +3,9 @@
 import msgspec
 
 from kvstore.wire import FinishReason, TokenLogprob
+from router.errors import ContextLengthExceeded
 from router.http.asgi import Scope, trace_context
-from router.http.endpoint import Endpoint, encode_text, now_s, usage
+from router.http.endpoint import Endpoint, encode_text, now_s, offload, usage
 from router.http.exchange import Exchange
 from router.http.logprobs import chat_logprobs
 from router.http.messages import for_template
@@ -25,7 +26,7 @@ class ChatCompletions(Endpoint):
 
     async def serve(self, request: ChatRequest, model: Model, scope: Scope, exchange: Exchange) -> int:
         self.limit_choices(request.choices)
-        sequences = await _sequences(request, model, scope, exchange.request_id)
+        sequences = await _sequences(request, model, scope, exchange)
         answer = _Answer(request, model, exchange.request_id)
         if not request.stream:
             await exchange.answer_whole(sequences, answer.whole)
@@ -34,24 +35,23 @@ class ChatCompletions(Endpoint):
         return await exchange.answer_stream(sequences, encoders, answer.tail)
 
 
-async def _sequences(request: ChatRequest, model: Model, scope: Scope, request_id: str) -> list[GenerationRequest]:
+async def _sequences(request: ChatRequest, model: Model, scope: Scope, exchange: Exchange) -> list[GenerationRequest]:
     """The prompt by the model's template, as many times as choices are asked for."""
     sampling = sampling_of(
         request,
         max_tokens=request.max_completion_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-    prompt = model.chat_template.render(
-        for_template(request.messages),
-        request.tools,
-        request.chat_template_kwargs,
-        add_generation_prompt=request.add_generation_prompt is not False,
-    )
+    parts = len(request.messages) + len(request.tools or ())
+    if parts > model.max_context:  # a template spends a token on each at least, and time that nobody should wait for
+        raise ContextLengthExceeded(
+            f"{parts} messages and tools do not fit the context of {model.max_context} tokens", param="messages"
+        )
     first = GenerationRequest(
         model=model.name,
-        token_ids=await encode_text(model, prompt, add_special_tokens=False),
+        token_ids=await offload(exchange.body_bytes, _prompt, request, model),
         sampling=sampling,
-        request_id=request_id,
+        request_id=exchange.request_id,
         stop=request.stop_strings,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,
@@ -62,6 +62,17 @@ async def _sequences(request: ChatRequest, model: Model, scope: Scope, request_i
     if request.choices == 1:
         return [first]
     return [msgspec.structs.replace(first, sampling=for_choice(sampling, i)) for i in range(request.choices)]
+
+
+def _prompt(request: ChatRequest, model: Model) -> bytes:
+    """Token ids of the rendered messages. Raises `InvalidRequest`."""
+    prompt = model.chat_template.render(
+        for_template(request.messages),
+        request.tools,
+        request.chat_template_kwargs,
+        add_generation_prompt=request.add_generation_prompt is not False,
+    )
+    return encode_text(model, prompt, False)
 
 
 class _Answer:

@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 
 from kvstore.wire import FinishReason, SamplingParams, TokenLogprob
-from router.errors import InvalidRequest
+from router.errors import ContextLengthExceeded, InvalidRequest
 from router.http.asgi import Scope, trace_context
-from router.http.endpoint import Endpoint, encode_text, now_s, usage
+from router.http.endpoint import Endpoint, encode_text, now_s, offload, usage
 from router.http.exchange import Exchange
 from router.http.logprobs import CompletionLogprobs
 from router.http.openai_requests import CompletionRequest, RequestDecoder, for_choice, sampling_of
@@ -104,10 +104,13 @@ def _listed(prompt: str | list[Any]) -> list[str | list[int]]:
 
 async def _prompt(request: CompletionRequest, model: Model, given: str | list[int]) -> Prompt:
     if isinstance(given, str):
-        return Prompt(await encode_text(model, given, request.add_special_tokens is not False), given)
+        special = request.add_special_tokens is not False
+        return Prompt(await offload(len(given), encode_text, model, given, special), given)
+    if len(given) > model.max_context:  # before they are looked at: there may be millions
+        raise ContextLengthExceeded(f"the prompt has {len(given)} tokens; the context is {model.max_context} tokens")
     if given and not (min(given) >= 0 and max(given) < model.tokenizer.vocab_size):
         raise InvalidRequest(f"prompt: token ids go from 0 to {model.tokenizer.vocab_size - 1}", param="prompt")
-    text = model.tokenizer.decode(given) if request.echo else ""
+    text = await offload(len(given), model.tokenizer.decode, given) if request.echo else ""
     return Prompt(array("I", given).tobytes(), text)
 
 

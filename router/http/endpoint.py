@@ -3,8 +3,8 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from router.config import RouterConfig
 from router.errors import ContextLengthExceeded, InvalidRequest, RouterError
@@ -16,10 +16,12 @@ from router.metrics import Metrics
 from router.models import Model, Models
 from router.types import Generator, Result
 
-_THREAD_FROM_CHARACTERS = 8192
-"""A text that takes about a millisecond to encode: longer ones are encoded in a thread."""
+_THREAD_FROM = 8192
+"""So many characters or tokens take about a millisecond to encode or decode: more is done in a thread."""
 _CHARACTERS_PER_TOKEN = 256
 """No prompt has so many; what is longer is refused unseen."""
+
+_T = TypeVar("_T")
 
 
 class Endpoint(ABC):
@@ -36,19 +38,21 @@ class Endpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         id_ = request_id(scope)
-        model = ""
+        model, status = "", 500  # what a fault of ours is answered with, or a request that a shutdown cuts off
         try:
-            request: Any = self.decode(await read_body(scope, receive, self.config.max_body_bytes))
+            body = await read_body(scope, receive, self.config.max_body_bytes)
+            request: Any = self.decode(body)
             found = self.models.get(request.model)
             model = found.name
-            exchange = Exchange(scope, send, id_, self.generator, self.config.max_pending_bytes)
+            exchange = Exchange(scope, send, id_, self.generator, self.config.max_pending_bytes, len(body))
             status = await self.serve(request, found, scope, exchange)
         except ClientGone:
             status = 499
         except RouterError as error:
-            status, body, headers = encoded(self.about(error))
-            await send_whole(send, status, body, [(REQUEST_ID, id_.encode()), *headers])
-        self._metrics.count_request(self.name, model, status)
+            status, answer, headers = encoded(self.about(error))
+            await send_whole(send, status, answer, [(REQUEST_ID, id_.encode()), *headers])
+        finally:
+            self._metrics.count_request(self.name, model, status)
 
     @abstractmethod
     async def serve(self, request: Any, model: Model, scope: Scope, exchange: Exchange) -> int:
@@ -68,14 +72,17 @@ class Endpoint(ABC):
             raise InvalidRequest(f"{count} choices are asked for, {self.config.max_choices} is the most", param="n")
 
 
-async def encode_text(model: Model, text: str, add_special_tokens: bool) -> bytes:
+async def offload(size: int, function: Callable[..., _T], *args: object) -> _T:
+    """Call it, in a thread where its input is large."""
+    return function(*args) if size < _THREAD_FROM else await asyncio.to_thread(function, *args)
+
+
+def encode_text(model: Model, text: str, add_special_tokens: bool) -> bytes:
     """Token ids of a text, little-endian uint32. Raises `ContextLengthExceeded` for one that cannot possibly fit."""
     if len(text) > _CHARACTERS_PER_TOKEN * model.max_context:
         raise ContextLengthExceeded(f"the prompt has {len(text)} characters; the context is {model.max_context} tokens")
     try:
-        if len(text) < _THREAD_FROM_CHARACTERS:
-            return model.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(model.tokenizer.encode, text, add_special_tokens)
+        return model.tokenizer.encode(text, add_special_tokens)
     except UnicodeEncodeError:
         raise InvalidRequest("the prompt is not valid Unicode: it holds half of a surrogate pair") from None
 

@@ -23,8 +23,18 @@ _STALL_TIMEOUT_S = 60.0
 class Exchange:
     """See the module's docstring. Implements `protocol.Watcher`."""
 
-    def __init__(self, scope: Scope, send: Send, request_id: str, generator: Generator, max_pending_bytes: int) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        send: Send,
+        request_id: str,
+        generator: Generator,
+        max_pending_bytes: int,
+        body_bytes: int,
+    ) -> None:
         self.request_id = request_id
+        self.body_bytes = body_bytes
+        """Of the request: how much work it may be to prepare it."""
         self._connection: Connection = scope["extensions"][EXTENSION]
         self._send = send
         self._generator = generator

@@ -7,7 +7,11 @@ from kvstore.text import Tokenizer
 from kvstore.wire import TokenLogprob
 
 _LOWEST = -9999.0
-"""In place of minus infinity, which JSON does not know."""
+
+
+def bounded(logprob: float) -> float:
+    """JSON knows neither minus infinity nor NaN."""
+    return max(_LOWEST, logprob)
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob], top: int) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Iterable[TokenLogprob], top: i
 
 def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     data = tokenizer.token_bytes(token_id)
-    return {"token": data.decode(errors="replace"), "logprob": max(logprob, _LOWEST), "bytes": list(data)}
+    return {"token": data.decode(errors="replace"), "logprob": bounded(logprob), "bytes": list(data)}
 
 
 class CompletionLogprobs:
@@ -43,13 +47,13 @@ class CompletionLogprobs:
             tokens.append(token)
             offsets.append(self._offset)
             self._offset += len(token)
-            values.append(None if item is None else max(item.logprob, _LOWEST))
+            values.append(None if item is None else bounded(item.logprob))
             tops.append(None if item is None else self._likeliest(item))
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _likeliest(self, item: TokenLogprob) -> dict[str, float]:
-        found = {self._text(token): max(value, _LOWEST) for token, value in item.top[: self._top]}
-        found.setdefault(self._text(item.token_id), max(item.logprob, _LOWEST))
+        found = {self._text(token): bounded(value) for token, value in item.top[: self._top]}
+        found.setdefault(self._text(item.token_id), bounded(item.logprob))
         return found
 
     def _text(self, token_id: int) -> str:

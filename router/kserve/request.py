@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from kvstore.wire import SamplingParams
 from router.errors import ContextLengthExceeded, InvalidRequest
-from router.http.endpoint import encode_text
+from router.http.endpoint import encode_text, offload
 from router.kserve.face import DEFAULT_MAX_TOKENS, INPUTS, MAX_STOP_WORDS, OUTPUTS, InputSpec
 from router.kserve.tensors import JSON_ERRORS, Values, invalid, short, text
 from router.models import Model
@@ -149,7 +149,8 @@ async def _prompt(inputs: _Inputs, model: Model, options: Options) -> tuple[str,
     if prompt is None:
         token_ids, name = _id_bytes(ids or []), "input_ids"
     else:
-        token_ids, name = await encode_text(model, prompt, options.add_special_tokens), "text_input"
+        name = "text_input"
+        token_ids = await offload(len(prompt), encode_text, model, prompt, options.add_special_tokens)
     count = len(token_ids) // 4
     if count == 0:
         raise invalid(name, "is empty")

@@ -1,6 +1,7 @@
 """The HTTP face with what no good client sends: broken bodies, wrong paths, clients that do not read."""
 
 import asyncio
+import contextlib
 import re
 import socket
 from typing import Any
@@ -12,6 +13,8 @@ import tritonclient.grpc.aio as triton
 from scripted_worker import EOS, TOKENIZER, ids_of, says, silent
 
 from kvstore import wire
+from router.http import asgi
+from router.http.protocol import Connection
 
 
 def url_of(router: Any) -> str:
@@ -165,6 +168,88 @@ async def test_metrics(cluster, http) -> None:
     assert figures['dynamo_llm_router_time_to_first_token_seconds_count{model="demo"}'] == "1.0"
     assert figures["dynamo_llm_router_redis_connected"] == "1.0"
     assert f'instance="{worker.instance}",model="demo",reason="load"' in text
+
+
+async def test_faults_of_ours_are_counted(cluster, http, monkeypatch) -> None:
+    """A request that a bug ends is answered and stands in the figures as well."""
+    router = await cluster.router()
+    monkeypatch.setattr(router.models, "get", None)
+    assert (await http.post(f"{url_of(router)}/v1/chat/completions", json=CHAT)).status_code == 500
+    assert router.metrics.requests == {("chat_completions", "", "500"): 1}
+
+
+async def answer_to(router: Any, *pieces: bytes) -> bytes:
+    """All that the router says to raw bytes, until it closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", router.http_port)
+    for piece in pieces:
+        with contextlib.suppress(ConnectionError):  # it may have closed before the last ones
+            writer.write(piece)
+            await writer.drain()
+    answer = bytearray()
+    with contextlib.suppress(ConnectionError):
+        while data := await asyncio.wait_for(reader.read(2**16), 10):
+            answer += data
+    writer.close()
+    return bytes(answer)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [b"x-%d: %s\r\n" % (number, b"x" * 1000) for number in range(80)] + [b"\r\n"],
+        [b"x: "] + [b"x" * 2**16] * 8,
+    ],
+)
+async def test_huge_heads(cluster, fields: list[bytes]) -> None:
+    """A head over the limit ends the connection, made of many fields or of one without an end."""
+    router = await cluster.router()
+    answer = await answer_to(router, b"GET /live HTTP/1.1\r\nhost: x\r\n", *fields)
+    assert answer.startswith(b"HTTP/1.1 431") or not answer  # the kernel may drop what we had not read
+    assert b"200" not in answer
+
+
+async def test_a_large_head_is_told_why(cluster) -> None:
+    """The answer is a status of its own."""
+    router = await cluster.router()
+    head = b"GET /live HTTP/1.1\r\nhost: x\r\nx: %s\r\n\r\n" % (b"x" * 70_000)
+    assert (await answer_to(router, head)).startswith(b"HTTP/1.1 431")
+    head = b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx: %s\r\n\r\n" % (b"x" * 60_000)
+    assert (await answer_to(router, head)).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("pieces", [(), (b"GET /li",), (b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n", b"GET /live HT")])
+async def test_heads_that_do_not_come(cluster, monkeypatch, pieces: tuple[bytes, ...]) -> None:
+    """A connection whose next request never begins or never gets on is closed; a request before it is answered."""
+    monkeypatch.setattr(Connection, "head_timeout_s", 0.1)
+    router = await cluster.router()
+    answer = await answer_to(router, *pieces)
+    assert answer.count(b"HTTP/1.1 200") == max(len(pieces) - 1, 0)
+
+
+async def test_an_answer_outlasts_the_timeout_of_the_next_head(cluster, monkeypatch, eventually) -> None:
+    """The half head of a pipelined request does not end the answer that is still on its way."""
+    monkeypatch.setattr(Connection, "head_timeout_s", 0.05)
+    worker = await cluster.worker(silent)
+    router = await cluster.router()
+    body = msgspec.json.encode(CHAT)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    answer = asyncio.create_task(answer_to(router, head + body, b"GET /live HT"))
+    await eventually(lambda: worker.submits)
+    late = asyncio.get_running_loop().time() + 0.2
+    await eventually(lambda: asyncio.get_running_loop().time() > late)
+    worker.emit(wire.Output(worker.submits[0].rid, [EOS], "stop"))
+    assert (await answer).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("begun", [b"", b"{"])
+async def test_bodies_that_do_not_come(cluster, monkeypatch, begun: bytes) -> None:
+    """A body that never begins or never ends is a 400 after some time."""
+    monkeypatch.setattr(asgi, "_BODY_TIMEOUT_S", 0.1)
+    router = await cluster.router()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 9\r\n\r\n"
+    answer = await answer_to(router, head + begun)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"did not arrive" in answer
 
 
 async def test_keep_alive_after_a_stream(cluster) -> None:

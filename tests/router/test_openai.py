@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 from typing import Any
 
 import msgspec
@@ -362,6 +363,45 @@ async def test_too_long(cluster) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             await client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "é" * size}])
         assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": ""}] * (MAX_CONTEXT + 1)},
+        {"messages": MESSAGES, "tools": [{}] * MAX_CONTEXT},
+        {"prompt": [1] * (MAX_CONTEXT + 1), "echo": True},
+    ],
+)
+async def test_too_many_parts(cluster, monkeypatch, body: dict[str, Any]) -> None:
+    """What cannot fit by its number alone is refused before it is rendered or decoded."""
+    await cluster.worker(says(TEXT))
+    router = await cluster.router()
+    model = router.models.get("demo")
+    monkeypatch.setattr(model.chat_template, "render", None)
+    monkeypatch.setattr(model.tokenizer, "decode", None)
+    path = "/completions" if "prompt" in body else "/chat/completions"
+    with pytest.raises(openai.BadRequestError) as caught:
+        await cluster.client(router).post(path, body={"model": "demo", **body}, cast_to=object)
+    assert caught.value.code == "context_length_exceeded"
+
+
+async def test_large_chats_are_rendered_in_a_thread(cluster, monkeypatch) -> None:
+    """Rendering many messages takes its time, which others should not wait for."""
+    await cluster.worker(says(TEXT))
+    router = await cluster.router()
+    template = router.models.get("demo").chat_template
+    threads = []
+
+    def render(*args: Any, **options: Any) -> str:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return type(template).render(template, *args, **options)
+
+    monkeypatch.setattr(template, "render", render)
+    for count in (1, 300):
+        messages = [{"role": "user", "content": ""}] * count
+        await cluster.client(router).chat.completions.create(model="demo", messages=messages)
+    assert threads == [True, False]
 
 
 async def test_unknown_model(cluster) -> None:
