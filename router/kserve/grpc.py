@@ -29,6 +29,7 @@ from router.types import Generator
 log = logging.getLogger(__name__)
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+_STREAM = "kserve_grpc_stream"
 _MAX_RUNS = 1024
 """Requests in flight on one stream; beyond it the stream is read no further: gRPC's flow control holds the client."""
 _GRPC_ERRORS = "triton_grpc_error"
@@ -176,10 +177,13 @@ class KServeGrpc:
                 while items := await outbox.next():
                     for item in items:
                         self._count(item)
+                    for item in items:
                         if as_status and isinstance(item.response, RouterError):
                             await _abort(context, item.response)
                         await context.write(messages.stream_response(item))
             finally:
+                for run in outbox.runs:
+                    self._metrics.count_request(_STREAM, run.model, grpc.StatusCode.CANCELLED.name)
                 self._outboxes.discard(outbox)
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
@@ -206,9 +210,9 @@ class KServeGrpc:
     def _count(self, item: Item) -> None:
         """Count a run's last item."""
         if isinstance(item.response, RouterError):
-            self._metrics.count_request("kserve_grpc_stream", item.run.model, grpc_status(item.response).name)
+            self._metrics.count_request(_STREAM, item.run.model, grpc_status(item.response).name)
         elif item.response.final:
-            self._metrics.count_request("kserve_grpc_stream", item.run.model, grpc.StatusCode.OK.name)
+            self._metrics.count_request(_STREAM, item.run.model, grpc.StatusCode.OK.name)
 
 
 def _answering(

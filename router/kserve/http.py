@@ -119,10 +119,14 @@ class _Http:
 
     async def counted(self, endpoint: str, handler: Handler, request: Request) -> HttpResponse:
         """Run a handler and count what it answers; an `EventStream` counts itself when it ends."""
-        response = await _answering(handler)(request)
-        if not isinstance(response, EventStream):
-            self._metrics.count_request(endpoint, self._known(request), response.status_code)
-        return response
+        status: int | None = 500  # of a request that a shutdown cuts off
+        try:
+            response = await _answering(handler)(request)
+            status = None if isinstance(response, EventStream) else response.status_code
+            return response
+        finally:
+            if status is not None:
+                self._metrics.count_request(endpoint, self._known(request), status)
 
     async def infer(self, request: Request) -> HttpResponse:
         model, body = self._model(request), await self._body(request)

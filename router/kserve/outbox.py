@@ -125,6 +125,11 @@ class Outbox:
         self._changed.set()
 
     @property
+    def runs(self) -> list[Run]:
+        """Those whose last item was not taken yet."""
+        return list(self._tasks)
+
+    @property
     def in_flight(self) -> int:
         """Runs whose last item was not taken yet."""
         return len(self._tasks)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from kvstore.text import Tokenizer
 from kvstore.wire import FinishReason, TokenLogprob
+from router.http.logprobs import bounded
 from router.kserve.request import Job
 from router.kserve.tensors import Tensor
 from router.types import Delta, Placed, Result
@@ -57,7 +58,7 @@ class Responder:
         wanted = self._job.outputs
         if len(wanted) == 1 and "text_output" in wanted:
             return [Tensor("text_output", "BYTES", [text.encode("utf-8", "replace")])]
-        self._cumulative_logprob += sum(entry.logprob for entry in logprobs)
+        self._cumulative_logprob += sum(bounded(entry.logprob) for entry in logprobs)
         values: dict[str, tuple[str, list[Any]]] = {
             "text_output": ("BYTES", [text.encode("utf-8", "replace")]),
             "output_ids": ("INT32", token_ids),
@@ -76,12 +77,12 @@ class Responder:
 
     def _position(self, entry: TokenLogprob) -> dict[int, dict[str, Any]]:
         position = {
-            token_id: {"logprob": logprob, "rank": rank, "decoded_token": self._decode(token_id)}
+            token_id: {"logprob": bounded(logprob), "rank": rank, "decoded_token": self._decode(token_id)}
             for rank, (token_id, logprob) in enumerate(entry.top, 1)
         }
         if entry.token_id not in position:
             position[entry.token_id] = {
-                "logprob": entry.logprob,
+                "logprob": bounded(entry.logprob),
                 "rank": None,
                 "decoded_token": self._decode(entry.token_id),
             }

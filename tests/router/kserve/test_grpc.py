@@ -316,8 +316,8 @@ def test_error_as_status_when_asked(faces):
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_cancelled_stream_cancels_its_requests(client, generator, until):
-    """A client that drops its stream cancels everything it had in flight on it."""
+def test_cancelled_stream_cancels_its_requests(client, faces, generator, until):
+    """A client that drops its stream cancels everything it had in flight on it, and each of it is counted."""
     generator.hold_after = 2
     stream = Stream(client)
     for name in ("a", "b", "c"):
@@ -325,6 +325,7 @@ def test_cancelled_stream_cancels_its_requests(client, generator, until):
     until(lambda: len(generator.requests) == 3)
     client.stop_stream(cancel_requests=True)
     until(lambda: sorted(generator.cancelled) == ["a", "b", "c"])
+    until(lambda: faces.metrics.requests == {("kserve_grpc_stream", "demo", "CANCELLED"): 3})
 
 
 def test_cancelled_infer_cancels_the_request(client, generator, until):
