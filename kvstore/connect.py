@@ -97,10 +97,10 @@ def _client(url: str, timeout_s: float, client_name: str) -> Redis:
         "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), 1),
         "client_name": client_name,
     }
+    _check_url(url, scheme)
     if scheme == "unix":
         del options["socket_keepalive"]
     try:
-        _ = urlsplit(url).port  # raises for a port that is no number, with a clearer message than redis-py's
         pool = ConnectionPool.from_url(url, **options)
         # One reply shape whatever redis-py's default or the URL says.
         pool.connection_kwargs.update(protocol=2, decode_responses=False)
@@ -108,6 +108,20 @@ def _client(url: str, timeout_s: float, client_name: str) -> Redis:
     except (TypeError, ValueError) as error:
         raise StoreConfigError(f"the Redis URL cannot be used: {error}") from None
     return Redis.from_pool(pool)
+
+
+def _check_url(url: str, scheme: str) -> None:
+    """Find what a password with special characters makes of a URL, without repeating any of it: urllib's errors do."""
+    try:
+        parts = urlsplit(url)
+        broken = scheme != "unix" and "@" in parts.path + parts.fragment
+        _ = parts.port
+    except ValueError:
+        broken = True
+    if broken:
+        raise StoreConfigError(
+            "the Redis URL cannot be used: bad host or port (percent-encode special characters of the password)"
+        )
 
 
 async def _check(redis: Redis, timeout_s: float) -> None:

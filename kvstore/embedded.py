@@ -31,6 +31,7 @@ if os.getppid() == int(sys.argv[1]):
 """Asks for SIGTERM when the parent's thread ends, minds one that has ended already, and becomes the server. A process
 of its own instead of Popen's `preexec_fn`: that runs in a fork of us, where the fork handlers of gRPC may crash."""
 _DIR_PREFIX = "dynamo-redis-"
+_SOCKET = "redis.sock"
 
 
 class EmbeddedRedis:
@@ -130,7 +131,7 @@ class EmbeddedRedis:
     def _socket(self) -> Path:
         if self._dir is None:
             raise StoreUnavailable("the embedded Redis is not running")
-        return self._dir / "redis.sock"
+        return self._dir / _SOCKET
 
     def _configure(self, process: subprocess.Popen[bytes]) -> None:
         """Hand the configuration over stdin: unlike the command line, no other user can read a password there."""
@@ -202,11 +203,26 @@ def find_server() -> Path:
 
 
 def _sweep() -> None:
-    """Remove directories of processes that were killed and could not clean up. Their servers died with them."""
+    """Remove directories of processes that were killed and could not clean up. Their servers died with them.
+
+    A process that we do not see may live in another container that shares the folder with us: then its server answers.
+    """
     for folder in Path(tempfile.gettempdir()).glob(f"{_DIR_PREFIX}*"):
         pid = folder.name.removeprefix(_DIR_PREFIX).split("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists():
+        if pid.isdigit() and not Path("/proc", pid).exists() and not _listens(folder / _SOCKET):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:  # somebody's, and in no state to be judged
+            return True
+    return True
 
 
 def _is_taken(port: int) -> bool:

@@ -105,6 +105,7 @@ async def test_tls_to_a_plain_server(redis_server: EmbeddedRedis) -> None:
         ("http://localhost", "redis://"),
         ("localhost:6379", "redis://"),
         (f"redis://:{QUOTED}@localhost:port", "[Pp]ort"),
+        ("redis://[::1", "host"),
         ("redis://localhost?db=x", "db"),
         ("redis://localhost?no_such_option=1", "no_such_option"),
     ],
@@ -115,6 +116,16 @@ async def test_bad_url(url: str, word: str) -> None:
         async with connect(url):
             pass
     await failure(url)
+
+
+@pytest.mark.parametrize("password", ["sec/ret", "sec#ret", "123/ret", "sec\u2100ret"])
+async def test_unquoted_password(password: str) -> None:
+    """What looks like a broken port or host may be a part of the password: no part of the URL is repeated."""
+    with pytest.raises(StoreConfigError, match="percent-encode") as caught:
+        async with connect(f"redis://:{password}@localhost:6379", timeout_s=0.5):
+            pass
+    for part in ("sec", "ret", "123"):
+        assert part not in str(caught.value).replace("percent", "")
 
 
 async def test_old_server(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,17 @@ async def test_dies_with_its_parent(eventually: Eventually) -> None:
         assert not folder.exists()
 
 
+def test_leaves_a_server_alone_that_answers() -> None:
+    """A process that we cannot see may be in another container that shares our folder: its socket must stay."""
+    nobody = 2**22 + 1  # above the kernel's largest process id
+    with (
+        tempfile.TemporaryDirectory(prefix=f"dynamo-redis-{nobody}-") as folder,
+        EmbeddedRedis(folder=Path(folder)),
+        EmbeddedRedis(),
+    ):
+        assert (Path(folder) / "redis.sock").exists()
+
+
 def test_outlasts_ctrl_c() -> None:
     """An interrupt at the terminal reaches us, not Redis: it is needed until the end of the drain."""
     with EmbeddedRedis() as server:
