@@ -1,8 +1,9 @@
 """Following the event batches of many instances into one prefix index. Pure: no clock, no I/O; `mirror` does those.
 
 Each instance stands on its own: epoch, seq and digest tell whether something of it was missed. From then on its
-batches are buffered until `install` gets its snapshot; what the index knew of it stays in use meanwhile, unless its
-engine restarted.
+batches are buffered until `install` gets its snapshot. What the index knew of it stays in use until the snapshot has
+come, unless its engine restarted; then the index is emptied of it and filled anew in slices, and for that while matches
+fall short.
 """
 
 from collections.abc import Generator, Iterator, Sequence

@@ -202,7 +202,7 @@ class _Collector(Collector):
             (
                 GaugeMetricFamily,
                 "kv_event_lag_seconds",
-                "Age of the newest KV event batch when it was applied.",
+                "How far the last KV event batch read is behind the newest one, sampled each second.",
                 "lag_s",
             ),
             (CounterMetricFamily, "kv_event_gaps", "Gaps seen in the KV event stream.", "gaps"),
