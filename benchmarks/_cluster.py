@@ -1,6 +1,7 @@
 """Starts `dynamo-llm up` for a benchmark and stops it afterwards."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+os.environ["no_proxy"] = "127.0.0.1"  # a proxy of the environment is for the world outside
 MODEL = Path(__file__).parents[1] / "model_repository" / "demo"
 
 
@@ -25,7 +27,10 @@ def cluster(*arguments: str) -> Iterator[str]:
         yield words[1]
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()  # its guard ends what it had started
 
 
 def status(base: str) -> dict[str, Any]:

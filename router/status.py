@@ -1,5 +1,6 @@
 """`/status`: what this router sees, as one JSON document for `dynamo-llm status` and for people with curl."""
 
+import os
 import time
 from functools import cache
 from importlib.metadata import PackageNotFoundError
@@ -29,6 +30,7 @@ def status(config: RouterConfig, models: Models, pool: Pool, generation: Generat
     """The whole document."""
     return {
         "version": version(),
+        "pid": os.getpid(),
         "ready": pool.can_serve(),
         "namespace": config.namespace,
         "policy": config.placement.policy,

@@ -71,13 +71,9 @@ class Cluster:
         pytest.fail(f"not within {timeout_s:g} s; last status {json.dumps(status)}\n" + "\n".join(self.log[-30:]))
 
     def pid_of(self, name: str) -> int:
-        """Process id of a child of the supervisor: `router`, `redis`, `worker-1` …"""
-        pattern = {"router": ["dynamo_llm", "router"], "redis": ["redis-server"]}.get(name, [])
-        for pid in _descendants(self.process.pid):
-            words = _command_line(pid)
-            if pattern and all(any(part in word for word in words) for part in pattern):
-                return pid
-        pytest.fail(f"no child {name!r}")
+        """Process id of a part, as the supervisor told it: `router`, `redis`, `worker-1` …"""
+        told = [line for line in self.log if f"] {name} starting (pid " in line]
+        return int(told[-1].rpartition("(pid ")[2].rstrip(")"))
 
     def stop(self) -> int:
         """SIGTERM, and its exit code."""
@@ -95,18 +91,6 @@ class Cluster:
     def _read_log(self) -> None:
         for line in self.process.stderr:
             self.log.append(line.rstrip())
-
-
-def _descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            found += [child, *_descendants(child)]
-    return found
-
-
-def _command_line(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
 
 
 @pytest.fixture(scope="session")
@@ -127,3 +111,11 @@ def start_cluster() -> Iterator[Callable[..., Cluster]]:
 def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
     """Two workers behind a KV-aware router, for all tests that leave it as they found it."""
     return start_cluster("--mode", "agg-router", "--workers", "2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_proxy() -> Iterator[None]:
+    """A proxy of the environment is for the world outside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "127.0.0.1")
+        yield
