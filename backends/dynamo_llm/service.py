@@ -96,6 +96,8 @@ class Service:
         self._clock = clock
         self._lock = threading.Lock()
         self._inflight: dict[int, InFlight] = {}
+        self._handing_over = False
+        """Whether the engine's thread holds outputs that are in neither `_inflight` nor their session."""
         self._next_key = 1
         self._sessions: dict[str, Session] = {}
         self._local: set[Session] = set()
@@ -220,7 +222,9 @@ class Service:
 
     @property
     def in_flight(self) -> int:
-        return len(self._inflight)
+        """0 only when every final output has reached its session: then the sessions may end."""
+        with self._lock:
+            return len(self._inflight) or int(self._handing_over)
 
     @property
     def sessions(self) -> int:
@@ -335,8 +339,10 @@ class Service:
                     output.rid = entry.rid
                     by_session.setdefault(entry.session, []).append(output)
             self.metrics.stepped(step)
+            self._handing_over = True
         for session, outputs in by_session.items():
             session.put(outputs)
+        self._handing_over = False
 
     def _on_death(self, reason: str) -> None:
         error = WireError("engine_failure", reason)
@@ -344,9 +350,11 @@ class Service:
             self.failure = reason
             entries = [entry for key in list(self._inflight) if (entry := self._finish(key)) is not None]
             self.metrics.finish_reasons["error"] += len(entries)
+            self._handing_over = True
         for entry in entries:
             entry.session.put([Output(entry.rid, [], "error", error=error)])
         self.end_sessions("engine_failure")
+        self._handing_over = False
         self.on_change()
 
 

@@ -123,26 +123,22 @@ class _Worker:
         return await self._end(service, lease)
 
     async def _end(self, service: Service, lease: Lease) -> int:
-        """Drain, unless something died: then there is nothing left to wait for but the sessions' last frames."""
-        trouble = service.failure or self._host_failure
+        """Drain, unless Triton died: nobody is there to read then. An engine's death ends what is in flight itself."""
         await lease.close()
-        if trouble is None:
+        if self._host_failure is None:
             service.drain()
-            await _until(lambda: service.in_flight == 0 or self._died(service), self._config.drain_timeout_s)
-            if service.in_flight:
-                _say(f"cancelled {service.in_flight} requests that were not done in {self._config.drain_timeout_s:g} s")
-                service.cancel_all()
-                await _until(lambda: service.in_flight == 0, _ENDING_S)
-            trouble = service.failure or self._host_failure
+            await _until(lambda: not service.in_flight or self._host_failure is not None, self._config.drain_timeout_s)
+        if self._host_failure is None and service.in_flight:
+            _say(f"cancelled {service.in_flight} requests that were not done in {self._config.drain_timeout_s:g} s")
+            service.cancel_all()
+            await _until(lambda: service.in_flight == 0, _ENDING_S)
+        trouble = service.failure or self._host_failure
         service.end_sessions("drained")
         await _until(lambda: service.streams == 0, _ENDING_S)
         if trouble is not None:
             _say(trouble)
             return FAILED
         return OK
-
-    def _died(self, service: Service) -> bool:
-        return service.failure is not None or self._host_failure is not None
 
     def _publisher(self, redis: Redis, keys: Keys, engine: Engine) -> EventPublisher:
         return EventPublisher(

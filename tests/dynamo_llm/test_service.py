@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 
 import msgspec
 import pytest
@@ -11,6 +11,7 @@ from scripted_engine import Events, ScriptedEngine, tokens
 from dynamo_llm.engines.base import RequestError, StepResult
 from dynamo_llm.metrics import Metrics
 from dynamo_llm.service import Limits, Service, ServiceError
+from dynamo_llm.session import Session
 from kvstore import wire
 from kvstore.wire import (
     SESSION_WINDOW,
@@ -379,6 +380,29 @@ async def test_a_drain_refuses_new_work_and_lets_the_old_end() -> None:
     assert frame.outputs[0].finish_reason == "length"
     assert frame.end == "drained"
     assert await reader.ended()
+
+
+@pytest.mark.parametrize("end", ["last token", "death"])
+async def test_a_drain_waits_for_final_outputs_on_their_way(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request is in flight until its session has its final output; ending the sessions before would drop it."""
+    rig = Rig()
+    reader = await rig.open()
+    rig.control(submit(1, max_tokens=1))
+    rig.service.drain()
+    put, seen = Session.put, []
+
+    def observed_put(session: Session, outputs: Iterable[Output]) -> None:
+        seen.append(rig.service.in_flight)
+        put(session, outputs)
+
+    monkeypatch.setattr(Session, "put", observed_put)
+    if end == "death":
+        rig.engine.die("out of memory")
+    else:
+        rig.engine.step()
+    assert seen == [1]
+    assert rig.service.in_flight == 0
+    assert (await reader.frame()).outputs[0].finish_reason is not None
 
 
 async def test_a_dead_engine_fails_everything_at_once() -> None:
