@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from kvstore.cards import EventBatch, Removed, Stored
 from kvstore.index.base import PrefixIndex
-from kvstore.residency import unpack
+from kvstore.residency import pack_in_slices, unpack
 from kvstore.snapshots import SavedInstance
 from kvstore.wire import SnapshotReply, TierHashes
 
@@ -88,12 +88,17 @@ class Follower:
         yield from self._fill(saved.instance, saved.tiers)
         self.instances[saved.instance] = Followed(saved.epoch, saved.seq, time_ms)
 
-    def save(self, instance: str) -> SavedInstance | None:
-        """An instance for a snapshot of the index; None if it is unknown or not in step."""
+    def save(self, instance: str) -> Generator[None, None, SavedInstance | None]:
+        """An instance for a snapshot of the index, as it is now; None if it is unknown or not in step.
+
+        Yields as `install` does.
+        """
         state = self.instances.get(instance)
         if state is None or state.resyncing:
             return None
-        return SavedInstance(instance, state.epoch, state.seq, self.index.snapshot(instance))
+        epoch, seq = state.epoch, state.seq  # with the copy: both change while the slices are packed
+        tiers = yield from pack_in_slices(self.index.copy_hashes(instance))
+        return SavedInstance(instance, epoch, seq, tiers)
 
     def forget(self, instance: str) -> None:
         self.instances.pop(instance, None)

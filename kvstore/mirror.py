@@ -10,9 +10,9 @@ the event loop.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec import Struct
 from redis.asyncio import Redis
@@ -39,6 +39,7 @@ _TURN = 0.8
 """Of the interval: the turn to write a snapshot is over just before its holder takes the next one."""
 _CLOSE_TIMEOUT_S = 2.0
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class MirrorStats(Struct, frozen=True):
@@ -237,13 +238,8 @@ class IndexMirror:
         return reply if reply is not None and reply.instance == instance else None
 
     async def _install(self, reply: SnapshotReply) -> bool:
-        steps = self._follower.install(reply)
         try:
-            while True:
-                next(steps)
-                await asyncio.sleep(0)
-        except StopIteration as end:
-            return bool(end.value)
+            return await _in_slices(self._follower.install(reply))
         except ValueError as error:
             _log.warning("instance %s sent a broken snapshot: %s", reply.instance, error)
             return False
@@ -266,7 +262,7 @@ class IndexMirror:
         position = self._position
         instances = []
         for instance in list(self._follower.instances):
-            if (saved := self._follower.save(instance)) is not None:
+            if (saved := await _in_slices(self._follower.save(instance))) is not None:
                 instances.append(saved)
             await asyncio.sleep(0)
         await self._store.save(position, instances)
@@ -276,3 +272,14 @@ class IndexMirror:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _in_slices(steps: Generator[None, None, _T]) -> _T:
+    """Run to the end, with a turn for others on the loop after each step."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: _T = end.value
+            return result
+        await asyncio.sleep(0)

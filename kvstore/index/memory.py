@@ -85,9 +85,9 @@ class MemoryIndex:
         for tier, hashes in arrays:
             self._store(known, hashes.tolist(), tier)
 
-    def snapshot(self, instance: str) -> list[TierHashes]:
+    def copy_hashes(self, instance: str) -> dict[Tier, list[int]]:
         known = self._instances.get(instance)
-        return known.residency.snapshot() if known else []
+        return known.residency.copy_hashes() if known else {}
 
     def digest(self, instance: str) -> Digest:
         known = self._instances.get(instance)

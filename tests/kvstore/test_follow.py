@@ -1,6 +1,7 @@
 """Following without I/O: whatever a stream loses or repeats, the index ends up exact or asks for a snapshot."""
 
 from collections.abc import Generator
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from kvstore.cards import Cleared, Digest, EventBatch, KvOp, Removed, Stored
 from kvstore.follow import Follower
 from kvstore.index.memory import MemoryIndex
-from kvstore.residency import Residency
+from kvstore.residency import Residency, unpack
 from kvstore.wire import SnapshotReply, TierHashes
+
+T = TypeVar("T")
 
 
 class Worker:
@@ -45,13 +48,29 @@ def install(known: Follower, reply: SnapshotReply) -> bool:
     return finish(known.install(reply))
 
 
-def finish(steps: Generator[None, None, bool]) -> bool:
+def finish(steps: Generator[None, None, T]) -> T:
     """The remaining steps."""
     try:
         while True:
             next(steps)
     except StopIteration as end:
-        return bool(end.value)
+        result: T = end.value
+        return result
+
+
+def test_saved_in_slices() -> None:
+    """A large instance is saved as it was at the first step, whatever comes between that and the last."""
+    worker, known = Worker(), follower()
+    assert not known.handle(0, worker.batch(Stored(None, list(range(1, 10_000))), Stored(None, [5], "host")))
+    steps = known.save("a")
+    next(steps)
+    assert not known.handle(0, worker.batch(Removed([9999]), Stored(None, [20_000])))
+    next(steps)
+    saved = finish(steps)
+    assert saved is not None
+    assert (saved.epoch, saved.seq) == (1, 1)
+    held = {tier: sorted(hashes.tolist()) for tier, hashes in unpack(saved.tiers)}
+    assert held == {"device": [*range(1, 10_000)], "host": [5]}
 
 
 def test_changes_while_a_snapshot_is_brought_in() -> None:
@@ -132,7 +151,7 @@ def test_met_in_mid_stream() -> None:
     worker.batch(Stored(None, [1]))
     assert known.handle(0, worker.batch(Stored(1, [2])))
     assert not known.handle(0, worker.batch(Stored(2, [3])))
-    assert known.save("a") is None
+    assert finish(known.save("a")) is None
     assert install(known, worker.reply())
     assert known.index.match([1, 2, 3])["a"].blocks == 3
     known.handle(0, worker.batch(Removed([3])))

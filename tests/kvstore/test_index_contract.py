@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvstore.cards import TIERS, Cleared, Digest, KvOp, Removed, Stored, Tier
 from kvstore.index.base import Match, PrefixIndex
 from kvstore.index.memory import MemoryIndex
-from kvstore.residency import Residency, unpack
+from kvstore.residency import Residency
 from kvstore.wire import TierHashes
 
 IMPLEMENTATIONS: dict[str, Callable[[], PrefixIndex]] = {"memory": MemoryIndex}
@@ -78,7 +78,7 @@ def check(index: PrefixIndex, model: Model, prompts: list[list[int]]) -> None:
     assert index.blocks() == model.blocks()
     for instance in INSTANCES:
         assert index.digest(instance) == model.digest(instance)
-        resident = {tier: set(values.tolist()) for tier, values in unpack(index.snapshot(instance))}
+        resident = {tier: set(held) for tier, held in index.copy_hashes(instance).items()}
         expected = {tier: held for tier, held in model.held.get(instance, {}).items() if held}
         assert resident == expected
     for prompt in prompts:
@@ -152,6 +152,6 @@ def test_unknown_instance(make: Callable[[], PrefixIndex]) -> None:
     """Asking for or removing an instance that was never there is harmless."""
     index = make()
     index.remove("a")
-    assert index.snapshot("a") == []
+    assert index.copy_hashes("a") == {}
     assert index.digest("a") == Digest()
     assert index.instances() == []
