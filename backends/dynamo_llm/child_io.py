@@ -9,6 +9,7 @@ from collections.abc import Callable
 LineHandler = Callable[[str], None]
 
 _MAX_LINE = 8192
+_POLL_S = 0.05
 # Triton's `I1122 13:37:00.1 …` and its verbose lines, and what Python's logging writes with the level's name in it.
 _CHATTER = re.compile(r"^[IV]\d{4} |^(INFO|DEBUG)\b|[\s\[-](INFO|DEBUG)[\s:\]-]")
 # How our own commands begin their last line; said once is enough.
@@ -55,9 +56,14 @@ class Lines(asyncio.Protocol):
 
 async def exit_of(process: subprocess.Popen[bytes]) -> None:
     """Wait until the process itself has ended, whoever else may still hold its pipes open."""
+    try:
+        handle = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):  # a Linux or a Python from before pidfds, or a sandbox that forbids them
+        while process.poll() is None:  # noqa: ASYNC110 - nothing tells us
+            await asyncio.sleep(_POLL_S)
+        return
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    handle = os.pidfd_open(process.pid)
     loop.add_reader(handle, ended.set)
     try:
         await ended.wait()

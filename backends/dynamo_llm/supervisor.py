@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Literal
 
@@ -68,7 +68,6 @@ class Child:
     ) -> None:
         self.spec = spec
         self.life = Lifecycle(policy)
-        self.pid = 0
         self.ready_line = ""
         """What it printed on stdout when it became ready last."""
         self.reason = ""
@@ -78,10 +77,16 @@ class Child:
         self._run = run
         self._scratch = scratch
         self._mark = ""
+        self._process: subprocess.Popen[bytes] | None = None
         self._last_line = ""
         self._returncode = 0
         self._shm: set[str] = set()
         self._grace_s = _LEFTOVER_GRACE_S
+
+    @property
+    def pid(self) -> int:
+        """Of its last life; 0 between two of them."""
+        return self._process.pid if self._process else 0
 
     async def keep(self) -> None:
         """Run, and run again after each end, until it is stopped or given up (`ChildFailed`)."""
@@ -97,7 +102,7 @@ class Child:
                     raise ChildRefused(f"{self.spec.name} cannot start: {without_own_words(self._last_line)}")
                 raise ChildFailed(f"{self.spec.name} failed {self.life.failures} times at its start: {self.reason}")
             self._tell("died", f"{self.reason}; starts again in {delay_s:g} s")
-            self.pid = 0
+            self._process = None
             await asyncio.sleep(delay_s)
 
     def stop(self) -> None:
@@ -114,9 +119,8 @@ class Child:
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
-        if self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+        if self._process is not None:
+            self._process.send_signal(number)  # nothing once it has been waited for: its pid may be another's by then
 
     def _tell(self, kind: str, text: str = "") -> None:
         self._notify(Event(self.spec.name, kind, text, self.pid))  # type: ignore[arg-type]
@@ -139,7 +143,7 @@ class Child:
 
     def _spawn(self, scratch: str) -> "subprocess.Popen[bytes]":
         # Not asyncio's own: some of its versions wait for the pipes too, which a dead child's leftovers hold open.
-        process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             self.spec.argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -147,7 +151,6 @@ class Child:
             start_new_session=True,  # a Ctrl-C in the terminal is for the supervisor to pass on, in its order
             env={**os.environ, "TMPDIR": scratch, **self.spec.environment, process_tree.MARK_VARIABLE: self._mark},
         )
-        self.pid = process.pid
         self._tell("starting")
         return process
 
@@ -256,22 +259,25 @@ class Supervisor:
 
     async def stop(self, names: list[str], timeout_s: float) -> None:
         """End these children in order, all at the same time; kill what still runs after `timeout_s`."""
-        tasks = [self._tasks[name] for name in names]
         for name in names:
-            child = self._children[name]
-            child.stop()
-            if child.life.state == "waiting":  # between two starts
-                self._tasks[name].cancel()
-        if not tasks:
+            if not self._end_waiting(name):
+                self._children[name].stop()
+        if not names:
             return
-        _, late = await asyncio.wait(tasks, timeout=timeout_s)
+        _, late = await asyncio.wait([self._tasks[name] for name in names], timeout=timeout_s)
         if late:
-            for name in names:
-                self._children[name].kill()
+            self.kill(names)
             await asyncio.wait(late)
 
-    def kill(self) -> None:
-        """End all children at once."""
-        for name, task in self._tasks.items():
-            if not task.done():
+    def kill(self, names: Iterable[str] | None = None) -> None:
+        """End these children at once; without names, all."""
+        for name in list(self._tasks) if names is None else names:
+            if not self._end_waiting(name) and not self._tasks[name].done():
                 self._children[name].kill()
+
+    def _end_waiting(self, name: str) -> bool:
+        """Whether a child waits for its start; if so, there will be none."""
+        waiting = self._children[name].life.state in ("idle", "waiting")
+        if waiting:
+            self._tasks[name].cancel()
+        return waiting

@@ -1,6 +1,7 @@
 """The supervisor over small real processes."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -170,6 +171,48 @@ async def test_stopping_between_two_starts_ends_the_waiting(log: Log, tmp_path: 
         await log.until(lambda: bool(log.of("died")))
         await asyncio.wait_for(supervisor.stop(["worker-1"], 30), 30)
     assert len(log.of("starting")) == 1
+
+
+async def test_killing_between_two_starts_ends_the_waiting(log: Log, tmp_path: Path) -> None:
+    """The same for an end at once: the orderly stop that is under way then need not wait for another life."""
+    async with Supervisor(log, str(tmp_path), RestartPolicy(first_delay_s=600, max_delay_s=600)) as supervisor:
+        supervisor.start(_spec("raise SystemExit(1)"))
+        await log.until(lambda: bool(log.of("died")))
+        supervisor.kill()
+        await asyncio.wait_for(supervisor.wait(), 30)
+    assert len(log.of("starting")) == 1
+
+
+async def test_only_those_that_are_late_are_killed(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pid of a child that has ended may be another process's by then: no signal goes there."""
+    late = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+    prompt = "import time; print('ready', flush=True); time.sleep(600)"
+    sent: list[int] = []
+    kill = os.kill
+    monkeypatch.setattr(os, "kill", lambda pid, number: (sent.append(pid), kill(pid, number))[1])
+    async with Supervisor(log, str(tmp_path), QUICK) as supervisor:
+        children = [supervisor.start(_spec(code, name)) for name, code in (("late", late), ("prompt", prompt))]
+        for child in children:
+            await asyncio.wait_for(child.became_ready.wait(), 30)
+        stopping = asyncio.create_task(supervisor.stop(["late", "prompt"], 1.0))
+        await log.until(lambda: bool(log.of("stopped", "prompt")))
+        await stopping
+        children[1].kill()
+    assert sent.count(log.of("starting", "late")[0].pid) == 2
+    assert sent.count(log.of("starting", "prompt")[0].pid) == 1
+
+
+async def test_an_end_is_seen_without_pidfds(log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels before Linux 5.3 have none."""
+
+    def no_pidfd(pid: int) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", no_pidfd)
+    async with Supervisor(log, str(tmp_path), RestartPolicy(start_attempts=1)) as supervisor:
+        supervisor.start(_spec("raise SystemExit('over')"))
+        with pytest.raises(ChildFailed, match="exit code 1: over"):
+            await asyncio.wait_for(supervisor.wait(), 30)
 
 
 async def test_a_line_without_an_end_is_cut(log: Log, tmp_path: Path) -> None:
