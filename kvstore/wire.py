@@ -47,7 +47,7 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     seed: int | None = None
     """The same seed, prompt and parameters give the same tokens whatever else is in the batch."""
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] = 1.0
     """Over prompt and output, as in CTRL (arXiv:1909.05858)."""
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     """Over the output only, as OpenAI defines it."""

@@ -121,6 +121,7 @@ def test_load_counts_what_was_queued_since(make: Make) -> None:
         ({"extra": {"beam": 4}}, "invalid_request", "beam"),
         ({"logit_bias": {9999: 1.0}}, "invalid_request", "9999"),
         ({"logit_bias": {9: float("nan")}}, "invalid_request", "finite"),
+        ({"logit_bias": {9: -1e39}}, "invalid_request", "10000"),
         ({"stop_token_ids": (-1,)}, "invalid_request", "stop_token_ids"),
     ],
 )

@@ -36,14 +36,15 @@ def test_batch_that_changes(make: Make, reference: Any, prompts: list[list[int]]
         assert driver.finish(key) == "length"
 
 
-def test_chunked_prefill(make: Make, reference: Any, prompts: list[list[int]], attention: str) -> None:
-    """Prompts are cut into chunks of a few tokens beside running decodes."""
-    driver = make(attention=attention, max_batch_tokens=11, max_seqs=8)
+@pytest.mark.parametrize("budget", [11, 8])
+def test_chunked_prefill(make: Make, reference: Any, prompts: list[list[int]], attention: str, budget: int) -> None:
+    """Prompts are cut into chunks of a few tokens, down to a single one, beside running decodes."""
+    driver = make(attention=attention, max_batch_tokens=budget, max_seqs=8)
     keys = [driver.submit(prompt, max_tokens=24) for prompt in prompts]
     most = 0
     while not all(driver.finish(key) for key in keys):
         result = driver.step()
-        assert result.prefill_tokens + result.decode_tokens <= 11
+        assert result.prefill_tokens + result.decode_tokens <= budget
         most = max(most, min(result.prefill_tokens, result.decode_tokens))
     assert most > 0, "no step mixed prefill and decode"
     for key, prompt in zip(keys, prompts, strict=True):
@@ -122,3 +123,12 @@ def test_caching_off(make: Make, reference: Any, prompts: list[list[int]]) -> No
         assert driver.started(key).cached_tokens == 0
         assert driver.tokens(key) == reference.greedy(prompts[4], 24)
     assert driver.ops == []
+
+
+def test_pieces_of_one_token(make: Make, reference: Any, prompts: list[list[int]], attention: str) -> None:
+    """Beside a decode the budget leaves one prompt token a step: a piece that is neither a chunk nor a decode."""
+    driver = make(attention=attention, max_batch_tokens=2, max_seqs=2)
+    keys = [driver.submit(prompt, max_tokens=24) for prompt in prompts[:2]]
+    driver.run()
+    for key, prompt in zip(keys, prompts, strict=False):
+        assert driver.tokens(key) == reference.greedy(prompt, 24)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -296,3 +297,35 @@ def test_more_logprobs_than_tokens() -> None:
     _, logprobs = sample(torch.tensor([LOGITS]), [sequence])
     assert logprobs[0] is not None
     assert [token for token, _ in logprobs[0].top] == [3, 2, 1, 0]
+
+
+HOPELESS = [
+    {"repetition_penalty": 1e-39},
+    {"stop_token_ids": tuple(range(2048)), "min_tokens": 4},
+]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}])
+@pytest.mark.parametrize("params", HOPELESS)
+def test_a_row_without_a_distribution_harms_nobody(
+    make: Make, prompts: list[list[int]], params: dict[str, Any], filters: dict[str, Any]
+) -> None:
+    """Parameters that leave no probability to any token cost their own request its sense, and no other one anything."""
+    driver = make(prefix_caching=False)
+    alone = driver.generate(prompts[1], temperature=1.0, seed=5, **filters)
+    hopeless = driver.submit(prompts[0], temperature=1.0, seed=5, **params, **filters)
+    assert driver.generate(prompts[1], temperature=1.0, seed=5, **filters) == alone
+    assert driver.finish(hopeless) in ("stop", "length")
+    assert all(0 <= token < 2048 for token in driver.tokens(hopeless))
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.5}])
+def test_logits_that_are_no_numbers(params: dict[str, Any]) -> None:
+    """A model whose arithmetic overflowed still gives a token of the vocabulary."""
+    assert set(draws([float("nan")] * 4, 10, **params)) <= {0, 1, 2, 3}
+
+
+def test_penalties_that_overflow_are_refused() -> None:
+    """The wire knows no repetition penalty so small that float32 would overflow."""
+    with pytest.raises(msgspec.ValidationError, match="repetition_penalty"):
+        msgspec.convert({"repetition_penalty": 1e-39}, SamplingParams)

@@ -1,6 +1,5 @@
 """Turns an `EngineRequest` into a `Sequence`, or refuses it at once with the reason."""
 
-import math
 import secrets
 from collections.abc import Iterable
 
@@ -9,6 +8,9 @@ import numpy as np
 from dynamo_llm.engines.base import EngineInfo, EngineRequest, RequestError
 from dynamo_llm.engines.torch_engine.sequence import Sequence
 from kvstore.wire import SamplingParams
+
+_MAX_BIAS = 10_000
+"""Far beyond any logit, and far from where float32 ends."""
 
 
 def make_sequence(request: EngineRequest, info: EngineInfo, submitted_s: float) -> Sequence:
@@ -29,8 +31,9 @@ def make_sequence(request: EngineRequest, info: EngineInfo, submitted_s: float) 
         )
     _check_ids("logit_bias", sampling.logit_bias, info)
     _check_ids("stop_token_ids", sampling.stop_token_ids, info)
-    if not all(map(math.isfinite, sampling.logit_bias.values())):
-        raise RequestError("invalid_request", "logit_bias must be finite numbers")
+    # Not `any(... > ...)`: a NaN is no number within the bounds either.
+    if not all(abs(bias) <= _MAX_BIAS for bias in sampling.logit_bias.values()):
+        raise RequestError("invalid_request", f"logit_bias must be finite numbers from -{_MAX_BIAS} to {_MAX_BIAS}")
     tokens = _prompt(request.token_ids, info)
     prompt_tokens = len(tokens) - request.generated
     return Sequence(

@@ -79,7 +79,8 @@ class Runner:
         done = [i for i, item in enumerate(batch.work) if item.completes]
         if not done:
             return []
-        if batch.chunks:
+        # Several tokens of one sequence, or a single one that does not end its prompt: rows without a next token.
+        if batch.chunks or len(done) < len(batch.work):
             hidden = hidden[batch.last_tokens[done]]
         sequences = [batch.work[i].sequence for i in done]
         tokens, logprobs = sample(model.logits(hidden), sequences)

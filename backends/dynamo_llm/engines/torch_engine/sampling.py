@@ -199,7 +199,9 @@ def _invert(p: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     cumulative = p.cumsum(dim=-1)
     uniform = uniforms([s.seed for s in sequences], [len(s.tokens) for s in sequences])
     target = torch.from_numpy(uniform).to(p.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)
+    # A row without a distribution (NaN: every token barred, or logits that overflowed) finds no place; its token means
+    # nothing, but it must be one, or this row would end the step of all.
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=p.shape[1] - 1)
 
 
 def uniforms(seeds: Seq[int], positions: Seq[int]) -> npt.NDArray[np.float64]:
