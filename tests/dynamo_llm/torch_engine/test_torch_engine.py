@@ -1,5 +1,6 @@
 """The engine as the service sees it: its thread, its refusals, its load figures, its end."""
 
+import logging
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 from dynamo_llm.engines import create_engine
 from dynamo_llm.engines.base import Engine, EngineError, EngineRequest, RequestError, StepResult
+from dynamo_llm.engines.torch_engine import runner
 from kvstore.cards import Cleared
 from kvstore.wire import Output, SamplingParams
 
@@ -207,6 +209,25 @@ def test_death_answers_everyone(service: Service, monkeypatch: pytest.MonkeyPatc
     assert raised.value.code == "engine_failure"
 
 
+@pytest.mark.parametrize("breaks", ["_scheduler.schedule", "_runner.run", "_scheduler.advance"])
+def test_death_loses_no_cancel(make: Make, monkeypatch: pytest.MonkeyPatch, breaks: str) -> None:
+    """A request that the breaking step had cancelled already gets its last output like all others."""
+
+    def break_down(*arguments: Any) -> None:
+        raise MemoryError("no more blocks of memory")
+
+    engine = make().engine
+    for key in (1, 2):
+        engine.submit(request(key))
+    engine.cancel(1)
+    part, method = breaks.split(".")
+    monkeypatch.setattr(getattr(engine, part), method, break_down)
+    service = Service(engine)
+    service.wait(lambda: bool(service.deaths))
+    assert [output.finish_reason for output in service.outputs[1]] == ["cancelled"]
+    assert [output.finish_reason for output in service.outputs[2]] == ["error"]
+
+
 def test_start_twice_is_refused(service: Service) -> None:
     """An engine has one thread."""
     with pytest.raises(RuntimeError, match="started"):
@@ -231,6 +252,26 @@ def test_wrong_options(demo: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(EngineError, match=words) as raised:
         create_engine("torch", demo, "demo", options)
     assert "\n" not in str(raised.value)
+
+
+def test_context_that_does_not_fit_the_pool(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """A context that was asked for is served or refused; the model's own is cut to the pool, with a warning."""
+    with pytest.raises(EngineError, match=r"600.*512.*kv_blocks to 38"):
+        make(kv_blocks=32, max_context=600)
+    with caplog.at_level(logging.WARNING):
+        assert make(kv_blocks=32).engine.info.max_context == 512
+    assert "cut to the 512" in caplog.text
+
+
+def test_pool_is_sized_by_available_memory(tmp_path: Path) -> None:
+    """What the page cache holds counts, for it is given back."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  8000 kB\nMemFree:  100 kB\nMemAvailable:  6000 kB\n")
+    assert runner._available_bytes(meminfo) == 6000 * 1024
+    assert runner._available_bytes() > 0
+    meminfo.write_text("MemTotal:  8000 kB\n")
+    with pytest.raises(EngineError, match="kv_blocks"):
+        runner._available_bytes(meminfo)
 
 
 def test_options_as_text(make: Make) -> None:

@@ -29,7 +29,7 @@ class TorchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_waiting: _Count = 1024
     """Most requests queued for the batch; more are refused with `overloaded`."""
     max_context: _Count | None = None
-    """Most tokens of a sequence, prompt and output together; None: the model's own limit."""
+    """Most tokens of a sequence, prompt and output together; None: the model's own limit, or what fits the pool."""
     prefix_caching: bool = True
     """Reuse the KV blocks of earlier sequences that begin alike, and announce them."""
     device: str = "auto"

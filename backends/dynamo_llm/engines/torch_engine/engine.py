@@ -58,6 +58,8 @@ class TorchEngine:
         self._speed = Speed()
         self._sequences: dict[int, Sequence] = {}
         """By key; engine thread only."""
+        self._outputs: list[Output] = []
+        """Of this step so far; kept here so that a step which breaks loses none. Engine thread only."""
         self._thread: threading.Thread | None = None
 
         self._wake = threading.Condition()
@@ -137,13 +139,14 @@ class TorchEngine:
     def step(self) -> StepResult:
         """Schedule, run, sample, finish."""
         started_s = time.monotonic()
-        outputs = self._take_commands()
+        self._take_commands()
         work = self._scheduler.schedule()
         self._note_start(work, started_s)
         sampled = self._runner.run(work, self._scheduler.blocks.tables) if work else []
         self._scheduler.advance(work)
-        outputs += [self._append(*token) for token in sampled]
-        return self._result(work, outputs, started_s)
+        for token in sampled:
+            self._outputs.append(self._append(*token))
+        return self._result(work, started_s)
 
     def _wait_for_work(self) -> bool:
         """False when the engine is to close."""
@@ -152,19 +155,21 @@ class TorchEngine:
                 self._wake.wait()
             return not self._closing
 
-    def _take_commands(self) -> list[Output]:
-        """Let new sequences in and end the cancelled ones; returns the last outputs of these."""
+    def _take_commands(self) -> None:
+        """Let new sequences in and end the cancelled ones."""
         with self._wake:
             commands, self._commands = self._commands, []
             self._taken = self._queued, self._queued_tokens
-        outputs = []
         for command in commands:
             if isinstance(command, Sequence):
                 self._sequences[command.key] = command
                 self._scheduler.add(command)
             elif command in self._sequences:
                 self._forget(self._sequences[command])
-                outputs.append(Output(command, [], "cancelled"))
+                self._outputs.append(Output(command, [], "cancelled"))
+
+    def _take_outputs(self) -> list[Output]:
+        outputs, self._outputs = self._outputs, []
         return outputs
 
     def _forget(self, sequence: Sequence) -> None:
@@ -195,11 +200,12 @@ class TorchEngine:
             self._forget(sequence)
         return output
 
-    def _result(self, work: list[Work], outputs: list[Output], started_s: float) -> StepResult:
+    def _result(self, work: list[Work], started_s: float) -> StepResult:
         step_s = time.monotonic() - started_s
         decode_tokens = sum(item.sequence.started and item.tokens == 1 for item in work)
         prefill_tokens = sum(item.tokens for item in work) - decode_tokens
         self._speed.note(prefill_tokens, decode_tokens, step_s)
+        outputs = self._take_outputs()
         return StepResult(
             outputs=outputs,
             ops=self._scheduler.blocks.take_ops(),
@@ -237,7 +243,8 @@ class TorchEngine:
 
     def _end_all(self, reason: FinishReason, error: WireError | None = None) -> StepResult:
         """Last outputs of everything in flight, queued commands included; all blocks are free afterwards."""
-        outputs = self._take_commands()
+        self._take_commands()
+        outputs = self._take_outputs()
         for sequence in tuple(self._sequences.values()):
             self._forget(sequence)
             outputs.append(Output(sequence.key, [], reason, error=error))

@@ -155,8 +155,7 @@ def _default_blocks(config: TorchConfig, model: ModelConfig, device: torch.devic
         free_bytes, _ = torch.cuda.mem_get_info(device)
         blocks = int(free_bytes * (config.kv_memory_fraction or 0.85)) // block_bytes
     else:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        blocks = int(free_bytes * (config.kv_memory_fraction or 0.1)) // block_bytes
+        blocks = int(_available_bytes() * (config.kv_memory_fraction or 0.1)) // block_bytes
         if config.kv_memory_fraction is None:
             blocks = min(blocks, _CPU_BLOCKS)
     if blocks < 1:
@@ -166,8 +165,28 @@ def _default_blocks(config: TorchConfig, model: ModelConfig, device: torch.devic
     return blocks
 
 
+def _available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Memory that processes can have without swapping: the free, and what the page cache would give back."""
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise EngineError(f"{meminfo} does not say how much memory is available; set kv_blocks")
+
+
 def _max_context(config: TorchConfig, model: ModelConfig, kv_blocks: int) -> int:
     if config.max_context is not None and config.max_context > model.max_context:
         raise EngineError(f"max_context {config.max_context} is more than the model's own {model.max_context}")
     fits = kv_blocks * config.block_size
+    if config.max_context is not None and config.max_context > fits:
+        raise EngineError(
+            f"max_context {config.max_context} does not fit the {fits} tokens of {kv_blocks} KV blocks; "
+            f"raise kv_blocks to {-(-config.max_context // config.block_size)}"
+        )
+    if config.max_context is None and fits < model.max_context:
+        logger.warning(
+            "the model's context of %d tokens is cut to the %d that fit %d KV blocks; raise kv_blocks for more",
+            model.max_context,
+            fits,
+            kv_blocks,
+        )
     return min(config.max_context or model.max_context, fits)
