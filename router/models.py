@@ -19,7 +19,13 @@ class Model:
     """One model and the instances that serve it. Instances of one model share block size and tokenizer."""
 
     def __init__(
-        self, name: str, block_size: int, tokenizer: Tokenizer, chat_template: "ChatTemplate", created_s: float
+        self,
+        name: str,
+        block_size: int,
+        tokenizer: Tokenizer,
+        chat_template: "ChatTemplate",
+        created_s: float,
+        model_files: str = "",
     ) -> None:
         self.name = name
         self.block_size = block_size
@@ -28,11 +34,21 @@ class Model:
         self.chat_template = chat_template
         self.created_s = created_s
         """When this router first saw it, seconds since 1970."""
+        self.model_files = model_files
+        """`InstanceCard.model_files` of what tokenizer and template were made from."""
         self.turn = 0
         """Requests placed so far; round robin goes by it."""
         self.by_instance: dict[str, InstanceCard] = {}
         self.max_context = 0
         """Most tokens, prompt and output together, that every instance takes."""
+
+    def misfit(self, card: InstanceCard) -> str:
+        """Why an instance cannot serve this model together with the others; empty if it can."""
+        if card.block_size != self.block_size:
+            return f"its block size is {card.block_size}, that of the model's other instances {self.block_size}"
+        if card.model_files != self.model_files:
+            return "its tokenizer or chat template differs from that of the model's other instances"
+        return ""
 
     @property
     def cards(self) -> list[InstanceCard]:
@@ -65,10 +81,7 @@ class Models:
     def get(self, name: str) -> Model:
         """Raises `ModelNotFound`. A model whose last instance left a moment ago is still found."""
         model = self._models.get(name)
-        if model is not None and self._empty_for_s(name) > LINGER_S:
-            self.forget(name)
-            model = None
-        if model is None:
+        if model is None or self._empty_for_s(name) > LINGER_S:
             raise ModelNotFound(f"the model `{name}` does not exist", param="model")
         return model
 

@@ -24,15 +24,17 @@ from kvstore.watch import Added, Change, Changed, Removed
 from kvstore.wire import SnapshotReply
 from router.chat_template import ChatTemplate
 from router.config import RouterConfig
+from router.indexes import Indexes, Key
 from router.metrics import IndexFigures, Metrics
-from router.models import Model, Models
+from router.models import LINGER_S, Model, Models
 from router.worker_client import WorkerConnection
 from router.worker_session import WorkerLost
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 2.0
-_SYNC_TIMEOUT_S = 20.0
+_CLOSE_S = 15.0
+"""Longer than a connection takes to end its session in good order, whatever its worker does."""
 
 
 class _Instance:
@@ -43,7 +45,6 @@ class _Instance:
         self.listed = True
         self.unlisted = asyncio.Event()
         self.connection: WorkerConnection | None = None
-        self.task: asyncio.Task[None] | None = None
 
 
 class Pool:
@@ -59,8 +60,8 @@ class Pool:
         self._instances: dict[str, _Instance] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections: dict[str, dict[str, WorkerConnection]] = {}
-        self._mirrors: dict[tuple[str, int], IndexMirror] = {}
-        self._synced: set[tuple[str, int]] = set()
+        self._indexes = Indexes(registry, self._fetch_snapshot)
+        self._expiries: dict[Key, asyncio.TimerHandle] = {}
         self._loaded: dict[str, tuple[Tokenizer, ChatTemplate]] = {}
         self._loading = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -73,9 +74,19 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._watch.__aexit__(kind, error, trace)
-        await stop(*self._tasks)
-        for mirror in self._mirrors.values():
-            await mirror.__aexit__(None, None, None)
+        for instance in self._instances.values():
+            instance.listed = False
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()  # once: each connection then ends its session by a command, which takes seconds at worst
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=_CLOSE_S)
+        finally:
+            await stop(*tasks)
+            for expiry in self._expiries.values():
+                expiry.cancel()
+            await self._indexes.close_all()
 
     # --- for generation ---
 
@@ -110,7 +121,7 @@ class Pool:
     def can_serve(self, model: str | None = None) -> bool:
         """Some worker (of this model) takes requests, and the index of its model has been read."""
         models = self._connections if model is None else (model,)
-        return any(c.ready and self._key(c.card) in self._synced for name in models for c in self.workers(name))
+        return any(c.ready and self._indexes.is_synced(_key(c.card)) for name in models for c in self.workers(name))
 
     def connections(self) -> list[WorkerConnection]:
         """All of them, of every model."""
@@ -119,15 +130,16 @@ class Pool:
     def index_figures(self) -> dict[str, IndexFigures]:
         """Per model; see `Metrics.index_figures`."""
         figures = {}
-        for (model, _), mirror in self._mirrors.items():
-            stats = mirror.stats()
-            sessions = sum(c.connected for c in self.workers(model))
-            figures[model] = IndexFigures(stats.blocks, stats.lag_s, stats.gaps, stats.resyncs, sessions)
+        for model in self._models:
+            if (mirror := self.mirror(model)) is not None:
+                stats = mirror.stats()
+                sessions = sum(c.connected for c in self.workers(model.name))
+                figures[model.name] = IndexFigures(stats.blocks, stats.lag_s, stats.gaps, stats.resyncs, sessions)
         return figures
 
     def mirror(self, model: Model) -> IndexMirror | None:
         """The index of a model, once one of its instances was seen."""
-        return self._mirrors.get((model.name, model.block_size))
+        return self._indexes.find((model.name, model.block_size))
 
     # --- the registry's changes ---
 
@@ -143,7 +155,7 @@ class Pool:
 
     def _list(self, card: InstanceCard) -> None:
         known = self._instances.get(card.instance)
-        if known is not None and _place_of(known.card) == _place_of(card):
+        if known is not None and _place_of(known.card) == _place_of(card) and self._can_return(known):
             known.card, known.listed = card, True  # its lease came back before its last request had ended
             if known.connection is not None:
                 known.connection.paused = False
@@ -151,9 +163,16 @@ class Pool:
                 self._pulse()
             return
         instance = self._instances[card.instance] = _Instance(card)
-        instance.task = spawn(f"instance {card.instance}", self._serve(instance))
-        self._tasks.add(instance.task)
-        instance.task.add_done_callback(self._tasks.discard)
+        self._own(spawn(f"instance {card.instance}", self._serve(instance)))
+
+    def _can_return(self, instance: _Instance) -> bool:
+        """Whether what was opened for it is still of use: its model may have been replaced by one of other files."""
+        model = self._models.find(instance.card.model)
+        return instance.connection is None or (model is not None and not model.misfit(instance.card))
+
+    def _own(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _unlist(self, instance: str) -> None:
         known = self._instances.get(instance)
@@ -164,7 +183,7 @@ class Pool:
         if known.connection is not None:
             known.connection.paused = True
         self._models.remove(known.card.model, instance)
-        mirror = self._mirrors.get(self._key(known.card))
+        mirror = self._indexes.find(_key(known.card))
         if mirror is not None:
             mirror.remove(instance)
         self._metrics.model(known.card.model).forget_instance(instance)
@@ -177,7 +196,9 @@ class Pool:
         try:
             if not await self._open_model(instance):
                 return
-            await self._open_mirror(card)
+            reading = await self._indexes.open(_key(card))
+            if reading is not None:
+                reading.add_done_callback(lambda _: self._pulse())
             timeouts_s = (self._config.connect_timeout_s, self._config.control_timeout_s)
             async with WorkerConnection(card, self._session, *timeouts_s, self._pulse) as connection:
                 instance.connection = connection
@@ -197,22 +218,40 @@ class Pool:
                 self._models.remove(card.model, card.instance)
             if all(other.card.model_files != card.model_files for other in self._instances.values()):
                 self._loaded.pop(card.model_files, None)
+            self._expire_later(_key(card))
+
+    def _expire_later(self, key: Key) -> None:
+        """An instance has gone. Unless another one comes in time, its model and index are given up."""
+        if (timer := self._expiries.get(key)) is not None:
+            timer.cancel()
+        self._expiries[key] = asyncio.get_running_loop().call_later(LINGER_S, self._expire, key)
+
+    def _expire(self, key: Key) -> None:
+        del self._expiries[key]
+        if any(_key(instance.card) == key for instance in self._instances.values()):
+            return
+        model = self._models.find(key[0])
+        if model is not None and model.block_size == key[1]:
+            self._models.forget(model.name)
+        self._own(spawn(f"closing the index of {key[0]}", self._indexes.close(key)))
 
     async def _open_model(self, instance: _Instance) -> bool:
         """Make the model known and add the instance to it. False: the instance left meanwhile."""
         complaint = ""
         while instance.listed:
+            instance.unlisted.clear()  # of an earlier time
             card = instance.card
             try:
                 model = await self._model_of(card)
             except (StoreError, ValueError) as error:
                 problem = f"the files of `{card.model}` cannot be used: {error}"
             else:
-                if model.block_size == card.block_size:
+                problem = model.misfit(card)
+                if not problem and instance.listed:
                     self._models.add(card)
                     self._pulse()
-                    return True
-                problem = f"its block size is {card.block_size}, that of the model's other instances {model.block_size}"
+                if not problem:
+                    return instance.listed
             if problem != complaint:
                 logger.warning("instance %s is left out for now: %s", card.instance, problem)
                 complaint = problem
@@ -223,7 +262,7 @@ class Pool:
     async def _model_of(self, card: InstanceCard) -> Model:
         async with self._loading:
             known = self._models.find(card.model)
-            if known is not None and (known.by_instance or known.block_size == card.block_size):
+            if known is not None and (known.by_instance or not known.misfit(card)):
                 return known
             if card.model_files not in self._loaded:
                 blob = await self._registry.get_blob(card.model_files)
@@ -231,31 +270,9 @@ class Pool:
                     raise ValueError("they are not in Redis")
                 self._loaded[card.model_files] = await asyncio.to_thread(_load, blob)
             tokenizer, chat_template = self._loaded[card.model_files]
-            model = Model(card.model, card.block_size, tokenizer, chat_template, time.time())
+            model = Model(card.model, card.block_size, tokenizer, chat_template, time.time(), card.model_files)
             self._models.put(model)
             return model
-
-    async def _open_mirror(self, card: InstanceCard) -> None:
-        key = self._key(card)
-        if key in self._mirrors:
-            return
-        mirror = self._mirrors[key] = IndexMirror(
-            self._registry.redis,
-            self._registry.keys,
-            model=card.model,
-            block_size=card.block_size,
-            fetch_snapshot=self._fetch_snapshot,
-        )
-        await mirror.__aenter__()
-        task = spawn(f"first reading of the index of {card.model}", self._await_sync(key, mirror))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _await_sync(self, key: tuple[str, int], mirror: IndexMirror) -> None:
-        if not await mirror.wait_ready(_SYNC_TIMEOUT_S):
-            logger.warning("the index of `%s` is not complete yet; serving all the same", key[0])
-        self._synced.add(key)
-        self._pulse()
 
     async def _fetch_snapshot(self, instance: str) -> SnapshotReply | None:
         known = self._instances.get(instance)
@@ -266,14 +283,14 @@ class Pool:
         except WorkerLost:
             return None
 
-    @staticmethod
-    def _key(card: InstanceCard) -> tuple[str, int]:
-        return card.model, card.block_size
+
+def _key(card: InstanceCard) -> Key:
+    return card.model, card.block_size
 
 
-def _place_of(card: InstanceCard) -> tuple[str, str, int]:
+def _place_of(card: InstanceCard) -> tuple[str, str, int, str]:
     """What a connection was made for."""
-    return card.grpc_address, card.model, card.block_size
+    return card.grpc_address, card.model, card.block_size, card.model_files
 
 
 def _load(blob: bytes) -> tuple[Tokenizer, ChatTemplate]:

@@ -5,7 +5,7 @@ It stands below the boundary that we own (`kvstore.wire`): registration, KV even
 
 import asyncio
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,18 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
     """One instance. Everything that arrives is kept for the test to look at."""
 
     def __init__(
-        self, instance: str, script: Script = silent, model: str = MODEL, block_size: int = BLOCK_SIZE
+        self,
+        instance: str,
+        script: Script = silent,
+        model: str = MODEL,
+        block_size: int = BLOCK_SIZE,
+        files: Mapping[str, bytes] = FILES,
     ) -> None:
         self.instance = instance
         self.script = script
         self.model = model
         self.block_size = block_size
+        self.files = files
         self.submits: list[wire.Submit] = []
         self.cancels: list[int] = []
         self.batches: list[wire.ControlBatch] = []
@@ -126,7 +132,7 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def register(self, registry: Registry, keys: Keys) -> "ScriptedWorker":
         """Announce it, and begin to publish KV events."""
-        blob = await registry.put_blob(model_files.pack(FILES))
+        blob = await registry.put_blob(model_files.pack(self.files))
         self.lease = await registry.register(self.card(blob, keys.namespace))
         self._stack.push_async_callback(self.lease.close)
         self._publisher = await self._stack.enter_async_context(
