@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import queue
+import socket
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from tritonclient.utils import InferenceServerException
 from wire_router import Router, submit
 
 from dynamo_llm import process_tree
+from dynamo_llm.hosts import pytriton
 from dynamo_llm.hosts.base import HostError
-from dynamo_llm.hosts.pytriton import PyTritonHost, fits
+from dynamo_llm.hosts.pytriton import PyTritonHost, _ports, fits
 from dynamo_llm.metrics import Metrics
 from dynamo_llm.public_model import PublicModel
 from dynamo_llm.service import Limits, Service
@@ -330,6 +332,50 @@ def test_a_stopped_server_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     engine.close()
     assert process_tree.members(mark) == []
     assert not [region for region in regions if os.path.exists(region)]
+
+
+def test_a_port_lost_at_the_last_moment_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process takes the free port before Triton does: the second attempt serves, the first leaves nothing.
+
+    A client whose stream stays open then does not hold up the end, where Triton hangs: the server is killed.
+    """
+    mark = f"test-{os.getpid()}-port"
+    monkeypatch.setenv(process_tree.MARK_VARIABLE, mark)
+    found: list[tuple[int, int]] = []
+    with socket.socket() as thief:
+
+        def ports(host: str, wanted: tuple[int, int]) -> tuple[int, int]:
+            found.append(_ports(host, wanted))
+            if len(found) == 1:
+                thief.bind((host, found[0][0]))
+                thief.listen()
+            return found[-1]
+
+        monkeypatch.setattr(pytriton, "_ports", ports)
+        engine = ScriptedEngine(step_s=0.01)
+        service = Service(engine, instance="0" * 16, epoch=7, events=Events(), metrics=Metrics("demo"))
+        service.start()
+        host = PyTritonHost(service, PublicModel(service, None), model="demo", folder=tmp_path)
+        host.start()
+    assert len(found) == 2
+    assert host.grpc_port == found[1][0] != found[0][0]
+    programs = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] for pid in process_tree.members(mark)]
+    assert [program for program in programs if b"/w2/" in program]
+    assert not [program for program in programs if b"/w1/" in program]
+
+    killed: list[int] = []
+    kill = pytriton._Server._kill
+    monkeypatch.setattr(pytriton._Server, "_kill", lambda server: (killed.append(1), kill(server))[1])
+    client = triton.InferenceServerClient(f"127.0.0.1:{host.grpc_port}")
+    answers: queue.Queue[Any] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put(result))
+    client.async_stream_infer("demo", [_input("input_ids", [5], "INT32", np.int32)])
+    assert answers.get(timeout=10.0) is not None
+    host.stop()
+    assert killed
+    client.close()
+    engine.close()
+    assert process_tree.members(mark) == []
 
 
 def test_long_names_in_deep_folders_are_seen_beforehand(tmp_path: Path) -> None:

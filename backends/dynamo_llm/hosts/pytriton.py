@@ -14,8 +14,10 @@ import contextlib
 import http.client
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -38,7 +40,8 @@ from kvstore.wire import CONTROL_SUFFIX, PAYLOAD, SESSION_SUFFIX
 
 START_TIMEOUT_S = 120.0
 EXIT_TIMEOUT_S = 5
-"""For the server to send what we gave it. A stream whose client went away can make it wait for the whole time."""
+"""For the server to send what we gave it. A client's open stream makes it wait for the whole time, and then hang."""
+_KILL_AFTER_S = EXIT_TIMEOUT_S + 2.0
 _SOCKET_PATH_LIMIT = 107
 _LONGEST_SOCKET = "/{}.session_0_0-server.sock"
 _START_ATTEMPTS = 3
@@ -188,10 +191,21 @@ class _Server(Triton):  # type: ignore[misc]  # pytriton has no types
         for model in self._model_manager.models:
             for connector in model._requests_respones_connectors:
                 connector.close()
-        stopped = bool(super().stop())
+        killer = threading.Timer(_KILL_AFTER_S, self._kill)  # PyTriton itself would wait for half a minute
+        killer.start()
+        try:
+            stopped = bool(super().stop())
+        finally:
+            killer.cancel()
+        _end_programs_of(self._workspace.path)
         for region in Path("/dev/shm").glob(f"{self._python_backend_config['shm-region-prefix-name']}*"):
             region.unlink(missing_ok=True)  # a server that ran out of time does not clean up
         return stopped
+
+    def _kill(self) -> None:
+        if self._is_alive_impl():
+            with contextlib.suppress(ProcessLookupError):
+                self._triton_server._tritonserver_running_cmd.process.kill()
 
     def _initialize_server(self) -> None:
         super()._initialize_server()
@@ -203,6 +217,15 @@ class _Server(Triton):  # type: ignore[misc]  # pytriton has no types
 
 def _tensor(payload: bytes) -> dict[str, Any]:
     return {PAYLOAD: np.frombuffer(payload, np.uint8)}
+
+
+def _end_programs_of(workspace: Path) -> None:
+    """Kill what a server that died has left running: its stubs, whose program is a copy in the workspace."""
+    start = f"{workspace}/".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone in the meantime
+            if (entry / "cmdline").read_bytes().startswith(start):
+                os.kill(int(entry.name), signal.SIGKILL)
 
 
 def fits(folder: Path, model: str) -> bool:
