@@ -1,15 +1,20 @@
 """The compiled kernels compute what torch's own operators compute, on one thread and on several."""
 
+import errno
+import fcntl
 import logging
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numba.core.caching import FunctionCache
+from numba.core.errors import NumbaError
 
 from dynamo_llm.engines import create_engine
 from dynamo_llm.engines.base import EngineError
@@ -109,14 +114,40 @@ def test_kernels_are_kept_on_disk(demo: Path) -> None:
     assert again.stdout.strip() == "2"
 
 
-def test_no_place_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is looked up, compiled and kept by one process at a time, or two could mix up each other's."""
+    real, locked = kernels.cfunc, []
+
+    def look(*arguments: Any, **options: Any) -> Any:
+        (path,) = Path(FunctionCache(kernels.norm).cache_path).glob("norm.lock")
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                locked.append(True)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(kernels, "cfunc", look)
+    assert kernels.compile_kernel(kernels.norm).address
+    assert locked == [True]
+    assert kernels.compile_kernel(kernels.norm).address, "the lock is given back"
+
+
+NO_PLACE = [
+    RuntimeError("cannot cache function 'norm': no locator available for file 'kernels.py'"),
+    OSError(errno.ENOSPC, "No space left on device"),
+]
+
+
+@pytest.mark.parametrize("error", NO_PLACE)
+def test_no_place_for_a_cache(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Where nothing can be written, kernels are compiled all the same."""
     real, asked = kernels.cfunc, []
 
     def no_locator(*arguments: Any, cache: bool = False, **options: Any) -> Any:
         asked.append(cache)
         if cache:
-            raise RuntimeError("cannot cache function 'norm': no locator available for file 'kernels.py'")
+            raise error
         return real(*arguments, **options)
 
     monkeypatch.setattr(kernels, "cfunc", no_locator)
@@ -139,9 +170,35 @@ def test_fallback(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, cap
         create_engine("torch", demo, "m", {"attention": "native", "device": "cpu"})
 
 
-def test_numba_missing(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    """Without numba, `auto` uses torch."""
-    monkeypatch.setitem(sys.modules, "dynamo_llm.engines.torch_engine.native", None)
+@pytest.mark.parametrize("error", [RuntimeError("LLVM ERROR: no such target"), OSError(), NumbaError("bad\ntrace")])
+def test_compiler_fails(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: Any, error: Exception
+) -> None:
+    """Whatever numba or LLVM raises, `auto` warns in one line and uses torch."""
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(kernels, "compile_kernel", fail)
+    with caplog.at_level(logging.WARNING):
+        make(attention="auto")
+    assert "numba cannot compile norm" in caplog.text
+    assert "trace" not in caplog.text
+
+
+class Unloadable(ModuleType):
+    """A module whose shared library is broken."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise OSError("libllvmlite.so: cannot open shared object file")
+
+
+@pytest.mark.parametrize("module", [None, Unloadable("native")])
+def test_numba_missing(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: Any, module: ModuleType | None
+) -> None:
+    """Without numba, or with one that cannot be loaded, `auto` uses torch."""
+    monkeypatch.setitem(sys.modules, "dynamo_llm.engines.torch_engine.native", module)
     with caplog.at_level(logging.WARNING):
         make(attention="auto")
     assert "numba" in caplog.text

@@ -5,13 +5,17 @@ a microsecond to call and can run on the OpenMP threads that torch's own product
 by an atomic counter. Only `native.py` calls this module.
 """
 
-from collections.abc import Callable
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 FLAGS = {"fastmath": True, "error_model": "numpy", "boundscheck": False}
@@ -289,8 +293,21 @@ def compile_kernel(kernel: Callable[[Any], None]) -> Any:
     """Machine code of a kernel (`.address`), kept on disk where there is a place for it."""
     signature = types.void(types.voidptr)
     try:
-        return cfunc(signature, cache=True, **FLAGS)(kernel)
-    except RuntimeError as error:
-        if "cache" not in str(error):
+        with _cache_lock(kernel):
+            return cfunc(signature, cache=True, **FLAGS)(kernel)
+    except (RuntimeError, OSError) as error:
+        # No place to write to, or a full one.
+        if isinstance(error, RuntimeError) and "cache" not in str(error):
             raise
         return cfunc(signature, **FLAGS)(kernel)
+
+
+@contextmanager
+def _cache_lock(kernel: Callable[[Any], None]) -> Iterator[None]:
+    """One process at a time in the kernel's cache, which numba itself does not lock: two workers that write to it at
+    once, for heads of different shape, could leave an index that names the other's machine code."""
+    folder = Path(FunctionCache(kernel).cache_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{kernel.__name__}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -101,8 +101,10 @@ class _Kernel:
     def __init__(self, function: Callable[[Any], None], layout: np.dtype[np.void], team: Team) -> None:
         try:
             self._compiled = kernels.compile_kernel(function)
-        except NumbaError as error:
-            raise KernelError(f"numba cannot compile {function.__name__}: {str(error).splitlines()[0]}") from error
+        except (NumbaError, RuntimeError, OSError) as error:
+            # LLVM's own errors are RuntimeErrors.
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise KernelError(f"numba cannot compile {function.__name__}: {reason}") from error
         self._arguments = np.zeros(len(layout), dtype=np.int64)
         self._start = team.starter(self._compiled.address, self._arguments.ctypes.data)
 

@@ -114,7 +114,7 @@ class Runner:
             return TorchOperators(self.model_config, pool, rope)
         try:
             from dynamo_llm.engines.torch_engine.native import KernelError, NativeOperators
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: llvmlite's library cannot be loaded
             return self._without_kernels(attention, f"numba cannot be imported ({error})", pool, rope)
         try:
             return NativeOperators(self.model_config, pool, rope, self._threads)
