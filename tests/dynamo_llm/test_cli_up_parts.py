@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_llm.cli.up import Plan, _gpu_of
+from dynamo_llm.cli.up import Plan, _gpu_of, _scratch
+from kvstore.embedded import fits
 
 DEMO = Path(__file__).parents[2] / "model_repository" / "demo"
 
@@ -205,3 +206,15 @@ def test_workers_take_the_visible_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) 
     assert [_gpu_of(n)["CUDA_VISIBLE_DEVICES"] for n in (1, 2, 3)] == ["4", "7", "4"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert _gpu_of(1) == {}
+
+
+def test_a_long_tmpdir_is_left_for_a_shorter_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The socket of the embedded Redis has to fit into the kernel's 107 bytes; nothing is left in either folder."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with _scratch() as folder:
+        assert Path(folder).is_dir()
+        assert fits(Path(folder))
+        assert list(deep.iterdir()) == []
+    assert not Path(folder).exists()

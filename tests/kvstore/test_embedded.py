@@ -85,6 +85,18 @@ def test_leaves_a_server_alone_that_answers() -> None:
         assert (Path(folder) / "redis.sock").exists()
 
 
+def test_a_path_too_long_for_a_socket_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Redis would cut it, listen there, and leave that socket behind."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    with pytest.raises(StoreConfigError, match=r"d/redis\.sock: a socket's path holds 107 bytes"):
+        EmbeddedRedis(folder=deep).start()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(StoreConfigError, match="TMPDIR"):
+        EmbeddedRedis().start()
+    assert list(deep.iterdir()) == []
+
+
 def test_outlasts_ctrl_c() -> None:
     """An interrupt at the terminal reaches us, not Redis: it is needed until the end of the drain."""
     with EmbeddedRedis() as server:

@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -21,6 +23,7 @@ from dynamo_llm.cli.progress import Progress
 from dynamo_llm.cli.router_api import fetch_status
 from dynamo_llm.config import ConfigError, resolve_model
 from dynamo_llm.supervisor import Child, ChildFailed, ChildRefused, ChildSpec, Supervisor
+from kvstore.embedded import fits
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -198,8 +201,14 @@ def up(
 @contextlib.contextmanager
 def _scratch() -> Iterator[str]:
     """A folder for all temporary files of the cluster, the socket of the embedded Redis included."""
-    with tempfile.TemporaryDirectory(prefix="dynamo-", ignore_cleanup_errors=True) as folder:
+    folder = tempfile.mkdtemp(prefix="dynamo-")
+    if not fits(Path(folder)):  # as in a TMPDIR of a batch system
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="dynamo-", dir="/tmp")
+    try:
         yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Signals:
