@@ -40,7 +40,7 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     redis_url: str = "redis://127.0.0.1:6379"
     key_prefix: str = "dynamo"
     host: str = "127.0.0.1"
-    """Address that Triton and the metrics server bind."""
+    """IPv4 address or name that Triton and the metrics server bind."""
     advertise_host: str = ""
     """Address that routers are told; empty: `host`, or this machine's address where `host` is 0.0.0.0."""
     grpc_port: _Port = 0
@@ -67,9 +67,12 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 near = difflib.get_close_matches(key, cls.__struct_fields__, n=1)
                 raise ConfigError(f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         try:
-            return msgspec.convert(dict(values), cls)
+            config = msgspec.convert(dict(values), cls)
         except msgspec.ValidationError as error:
             raise ConfigError(f"worker options: {error}") from None
+        if ":" in config.host:
+            raise ConfigError(f"host {config.host!r} cannot be bound: a worker listens on IPv4 only, like 0.0.0.0")
+        return config
 
 
 def resolve_model(path: str, name: str = "") -> tuple[Path, str]:

@@ -64,8 +64,9 @@ def run(config: WorkerConfig, create: CreateEngine = create_engine) -> int:
     """
     try:
         folder, model = resolve_model(config.model_path, config.model_name)
+        address = config.advertise_host or _own_address(config.host)
         with _scratch_folder(model) as scratch, _no_leftovers(scratch):
-            return asyncio.run(_Worker(config, folder, model, scratch).run(create))
+            return asyncio.run(_Worker(config, folder, model, address, scratch).run(create))
     except (ConfigError, EngineError, HostError, StoreError, OSError) as error:
         _say(f"cannot start: {error}")
         return CANNOT_START
@@ -74,10 +75,11 @@ def run(config: WorkerConfig, create: CreateEngine = create_engine) -> int:
 class _Worker:
     """One life of a worker process."""
 
-    def __init__(self, config: WorkerConfig, folder: Path, model: str, scratch: Path) -> None:
+    def __init__(self, config: WorkerConfig, folder: Path, model: str, address: str, scratch: Path) -> None:
         self._config = config
         self._folder = folder
         self._model = model
+        self._address = address
         self._scratch = scratch
         self._instance = uuid.uuid4().hex[:16]
         self._epoch = time.time_ns() // 1_000_000
@@ -194,8 +196,7 @@ class _Worker:
         return host
 
     def _card(self, engine: Engine, host: PyTritonHost, metrics_port: int, blob: str) -> InstanceCard:
-        config, info = self._config, engine.info
-        address = config.advertise_host or _own_address(config.host)
+        config, info, address = self._config, engine.info, self._address
         return InstanceCard(
             instance=self._instance,
             namespace=config.namespace,
@@ -293,13 +294,15 @@ def _open_metrics(config: WorkerConfig, service: Service) -> MetricsServer:
 
 
 def _own_address(host: str) -> str:
-    """Where others reach a server that is bound to `host`."""
-    if host not in ("0.0.0.0", "::"):
+    """Where others reach a server that is bound to `host`. Raises `ConfigError` where only this machine would."""
+    if host != "0.0.0.0":
         return host
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        raise ConfigError(f"--host {host} does not say where routers find this worker: set advertise_host") from None
+    address = "127.0.0.1"
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+    if address.startswith("127."):  # Debian has the machine's own name in /etc/hosts with 127.0.1.1
+        raise ConfigError(f"--host {host} does not say where routers find this worker: pass --advertise-host ADDRESS")
+    return address
 
 
 def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
