@@ -96,10 +96,12 @@ class PublicModel:
         self, tensors: Mapping[str, Any], parameters: Mapping[str, Any]
     ) -> AsyncGenerator[Tensors, None]:
         """The answers to one request: one per engine step when streaming, else one. Raises `ServiceError`."""
-        prompt = self._understand(tensors, parameters)
-        session = self._service.local_session()
+        with self._service.counting_refusals():
+            prompt = self._understand(tensors, parameters)
+            session = self._service.local_session()
         try:
-            self._service.submit(session, _submit(prompt))
+            with self._service.counting_refusals():
+                self._service.submit(session, _submit(prompt))
             answer = _Answer(prompt, self._text_stream(prompt))
             while not answer.ended:
                 for output in await _outputs(session):
@@ -127,6 +129,12 @@ class PublicModel:
         )
 
     def _prompt(self, tensors: Mapping[str, Any], add_special_tokens: bool) -> tuple[str | None, bytes]:
+        text, token_ids = self._text_and_ids(tensors, add_special_tokens)
+        if not token_ids:
+            raise ServiceError("invalid_request", "the prompt is empty")
+        return text, token_ids
+
+    def _text_and_ids(self, tensors: Mapping[str, Any], add_special_tokens: bool) -> tuple[str | None, bytes]:
         if ("text_input" in tensors) == ("input_ids" in tensors):
             raise ServiceError("invalid_request", "give either text_input or input_ids")
         if "input_ids" in tensors:

@@ -10,9 +10,10 @@ gets exactly one final output: `_finish` takes it out of the table, and what com
 is dropped.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from typing import Protocol
 
@@ -249,6 +250,16 @@ class Service:
         for session in sessions:
             self.end_session(session, reason)
 
+    @contextlib.contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """A `ServiceError` on the way out is one request refused."""
+        try:
+            yield
+        except ServiceError as error:
+            with self._lock:
+                self.metrics.refused(error.error.code)
+            raise
+
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def _command(self, command: wire.Command, name: str) -> wire.Reply:
@@ -256,7 +267,8 @@ class Service:
         try:
             match command:
                 case Submit():
-                    self.submit(self._session(name), command)
+                    with self.counting_refusals():
+                        self.submit(self._session(name), command)
                 case wire.Cancel(rid):
                     if session is not None:
                         self.cancel(session, rid)
@@ -270,8 +282,6 @@ class Service:
                     if session is not None:
                         self.end_session(session, "closed")
         except ServiceError as error:
-            with self._lock:
-                self.metrics.refused(error.error.code)
             return Refused(error.error)
         return wire.Done()
 

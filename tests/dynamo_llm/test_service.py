@@ -5,11 +5,13 @@ import itertools
 from collections.abc import AsyncGenerator, Iterable
 
 import msgspec
+import numpy as np
 import pytest
 from scripted_engine import Events, ScriptedEngine, tokens
 
 from dynamo_llm.engines.base import RequestError, StepResult
 from dynamo_llm.metrics import Metrics
+from dynamo_llm.public_model import PublicModel
 from dynamo_llm.service import Limits, Service, ServiceError
 from dynamo_llm.session import Session
 from kvstore import wire
@@ -429,6 +431,26 @@ async def test_a_dead_engine_fails_everything_at_once() -> None:
     assert not rig.service.healthy
     assert rig.service.in_flight == 0
     assert refusal(rig.control(submit(3))[0]) == "engine_failure"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "either text_input or input_ids"),
+        ({"input_ids": np.array([], np.int32)}, "the prompt is empty"),
+        ({"input_ids": np.ones(1024, np.int32)}, "context_length_exceeded"),
+    ],
+)
+async def test_what_the_public_model_refuses_is_counted(tensors: dict[str, object], message: str) -> None:
+    """Whoever finds the fault, its parser, the service or the engine: one request refused, by the error's code."""
+    rig = Rig()
+    with pytest.raises(ServiceError, match=message) as caught:
+        await PublicModel(rig.service, None).generate(tensors, {}).__anext__()
+    assert rig.service.metrics.refusals == {caught.value.error.code: 1}
+    rig.service.drain()
+    with pytest.raises(ServiceError, match="draining"):
+        await PublicModel(rig.service, None).generate({"input_ids": np.ones(1, np.int32)}, {}).__anext__()
+    assert rig.service.metrics.refusals["draining"] == 1
 
 
 async def test_stats_and_snapshot_are_answered_without_a_session() -> None:
