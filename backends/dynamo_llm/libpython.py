@@ -43,9 +43,9 @@ def find(folders: list[Path]) -> Path:
         if (folder / name).is_file():
             return folder
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    install = f"install the package libpython{version}, or " if sys.base_prefix == "/usr" else ""  # a distribution's
     raise LibpythonError(
-        f"no {name} beside {sys.executable}: install the package libpython{version}, "
-        "or use an interpreter that was built with --enable-shared"
+        f"no {name} beside {sys.executable}: {install}use an interpreter that was built with --enable-shared"
     )
 
 

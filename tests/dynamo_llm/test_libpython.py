@@ -36,9 +36,14 @@ def test_it_goes_in_front_once() -> None:
     assert empty["LD_LIBRARY_PATH"] == folder
 
 
-def test_an_interpreter_without_one_is_one_line(tmp_path: Path) -> None:
-    """The error says what to install."""
+@pytest.mark.parametrize(("prefix", "package"), [("/usr", True), ("/opt/python", False)])
+def test_an_interpreter_without_one_is_one_line(
+    prefix: str, package: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says what to do; a package helps none but the distribution's own interpreter."""
+    monkeypatch.setattr(sys, "base_prefix", prefix)
     with pytest.raises(libpython.LibpythonError) as caught:
         libpython.find([tmp_path])
     assert "--enable-shared" in str(caught.value)
+    assert ("install the package" in str(caught.value)) is package
     assert "\n" not in str(caught.value)
