@@ -217,6 +217,7 @@ async def test_a_batch_that_ends_the_session_answers_its_waiters(worker, connect
     assert (await asyncio.wait_for(snapshot, 5)).instance == worker.instance
     assert len(inbox.refused) == 1
     assert [type(c) for c in worker.batches[-1].commands] == [wire.Submit, wire.Snapshot]
+    worker.end_session("expired")
 
 
 async def test_snapshot(worker, connection) -> None:
