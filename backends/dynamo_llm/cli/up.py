@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -253,7 +254,7 @@ async def _supervise(plan: Plan, supervisor: Supervisor, signals: _Signals, prog
             return await supervisor.stop(["redis"], stop_timeout_s)
     router = supervisor.start(plan.router())
     workers = [supervisor.start(plan.worker(number)) for number in range(1, plan.workers + 1)]
-    if await _unless_stopped(_until_served(router, workers), signals, supervisor):
+    if await _unless_stopped(_until_served(router, workers, plan.start_timeout_s), signals, supervisor):
         url = router.ready_line.split()[1]
         progress.quiet()
         progress.say(f"[green]serving {plan.model_name}[/] at {url}")
@@ -282,16 +283,28 @@ async def _unless_stopped(work: Awaitable[Any], signals: _Signals, supervisor: S
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _until_served(router: Child, workers: list[Child]) -> None:
-    """Until the router is connected to every worker, so that the first request is as good as any later one."""
+async def _until_served(router: Child, workers: list[Child], timeout_s: float) -> None:
+    """Until the router is connected to every worker, so that the first request is as good as any later one.
+
+    Raises `CommandError` when all run and that does not come about within `timeout_s`.
+    """
+    together_s: float | None = None
     while True:
         for child in (router, *workers):
-            await child.became_ready.wait()
+            if not child.became_ready.is_set():
+                together_s = None
+                await child.became_ready.wait()
+        together_s = together_s or time.monotonic()
         wanted = {_field(worker.ready_line, "instance") for worker in workers}
         with contextlib.suppress(CommandError):
             status = await asyncio.to_thread(fetch_status, router.ready_line.split()[1])
-            if status["ready"] and wanted <= {i["instance"] for i in status["instances"] if i["ready"]}:
+            ready = {i["instance"] for i in status["instances"] if i["ready"]}
+            if status["ready"] and wanted <= ready:
                 return
+            if time.monotonic() - together_s > timeout_s:
+                reasons = [i["error"] or "its index is not read" for i in status["instances"] if not i["ready"]]
+                why = reasons[0] if reasons else "they are not in its registry"
+                raise CommandError(f"the router did not reach every worker within {timeout_s:g} s: {why}")
         await asyncio.sleep(0.1)
 
 
