@@ -295,17 +295,25 @@ async def _until_served(router: Child, workers: list[Child], timeout_s: float) -
                 together_s = None
                 await child.became_ready.wait()
         together_s = together_s or time.monotonic()
-        wanted = {_field(worker.ready_line, "instance") for worker in workers}
-        with contextlib.suppress(CommandError):
-            status = await asyncio.to_thread(fetch_status, router.ready_line.split()[1])
-            ready = {i["instance"] for i in status["instances"] if i["ready"]}
-            if status["ready"] and wanted <= ready:
-                return
-            if time.monotonic() - together_s > timeout_s:
-                reasons = [i["error"] or "its index is not read" for i in status["instances"] if not i["ready"]]
-                why = reasons[0] if reasons else "they are not in its registry"
-                raise CommandError(f"the router did not reach every worker within {timeout_s:g} s: {why}")
+        missing = await _missing(router, {_field(worker.ready_line, "instance") for worker in workers})
+        if missing is None:
+            return
+        if time.monotonic() - together_s > timeout_s:
+            raise CommandError(f"the router did not reach every worker within {timeout_s:g} s: {missing}")
         await asyncio.sleep(0.1)
+
+
+async def _missing(router: Child, wanted: set[str]) -> str | None:
+    """Why the router cannot serve with all these instances yet; None if it can."""
+    try:
+        status = await asyncio.to_thread(fetch_status, router.ready_line.split()[1])
+    except CommandError as error:
+        return str(error)
+    ready = {i["instance"] for i in status["instances"] if i["ready"]}
+    if status["ready"] and wanted <= ready:
+        return None
+    reasons = [f"{i['address']}: {i['error']}" for i in status["instances"] if i["error"]]
+    return reasons[0] if reasons else "an instance is not in its registry, or the index is not read"
 
 
 def _field(ready_line: str, name: str) -> str:
