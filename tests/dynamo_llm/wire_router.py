@@ -11,13 +11,14 @@ from kvstore import wire
 from kvstore.wire import Command, ControlBatch, Done, Frame, OpenSession, SamplingParams, Submit
 
 
-def _request(model: str, payload: bytes) -> Any:
-    request = service_pb2.ModelInferRequest(model_name=model)
-    tensor = request.inputs.add()
+def request(model: str, payload: bytes) -> Any:
+    """A KServe request with one UINT8 tensor."""
+    made = service_pb2.ModelInferRequest(model_name=model)
+    tensor = made.inputs.add()
     tensor.name, tensor.datatype = wire.PAYLOAD, "UINT8"
     tensor.shape.append(len(payload))
-    request.raw_input_contents.append(payload)
-    return request
+    made.raw_input_contents.append(payload)
+    return made
 
 
 class Router:
@@ -32,7 +33,7 @@ class Router:
     async def open(self, payload: bytes | None = None) -> None:
         self._stream = self._stub.ModelStreamInfer()
         opening = payload if payload is not None else wire.encode(OpenSession(self.session))
-        await self._stream.write(_request("demo.session", opening))
+        await self._stream.write(request("demo.session", opening))
         await self._stream.done_writing()
 
     async def frame(self) -> Frame:
@@ -58,7 +59,7 @@ class Router:
         return await self.control_raw(wire.encode(ControlBatch(self.session, list(commands))))
 
     async def control_raw(self, payload: bytes) -> list[wire.Reply]:
-        response = await self._stub.ModelInfer(_request("demo.control", payload), timeout=10.0)
+        response = await self._stub.ModelInfer(request("demo.control", payload), timeout=10.0)
         return wire.decode_reply(response.raw_output_contents[0]).replies
 
     async def run(self, *commands: Submit) -> dict[int, list[int]]:
