@@ -264,8 +264,15 @@ async def test_load_figures_arrive(connection: WorkerConnection, eventually: Eve
         report = connection.load.report
         return (report.running, report.waiting, report.kv_blocks_total) if report is not None else None
 
-    rids = [submit(connection, 10, None)[0], submit(connection, 10, None, wait=True)[0]]
-    await eventually(lambda: told() == (1, 1, 64))
+    class Noting(Inbox):
+        def on_output(self, output: wire.Output) -> None:
+            super().on_output(output)
+            notes.append(told())
+
+    notes: list[tuple[int, int, int] | None] = []
+    rids = [submit(connection, 10, None, wait=True)[0], submit(connection, 10, None, sink=Noting())[0]]
+    await eventually(lambda: notes)
+    assert notes[0] == (1, 1, 64)
     for rid in rids:
         connection.release(rid)
     await eventually(lambda: told() == (0, 0, 64))
