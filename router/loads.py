@@ -16,7 +16,9 @@ class _Tracked(Struct):
     prefill_blocks: int
     """To be computed; 0 after the first token."""
     new_blocks: int
-    """Prompt blocks that no other sequence of this router held there when it was placed."""
+    """Blocks that no other sequence of this router held there when it was placed: those of its prompt, and the one that
+    it has for itself, begun by the rest of the prompt or by its answer. Without that, short prompts would weigh nothing
+    and all go to one worker until its next report."""
     accepted: bool = False
     reported: bool = False
 
@@ -42,7 +44,7 @@ class WorkerLoad:
     def add(self, rid: int, hashes: Sequence[int], reused_blocks: int) -> None:
         """A request was placed. `hashes`: its prompt's whole blocks."""
         shared = self.shared_blocks(hashes)
-        tracked = _Tracked(hashes, max(len(hashes) - reused_blocks, 0), len(hashes) - shared)
+        tracked = _Tracked(hashes, max(len(hashes) - reused_blocks, 0), len(hashes) - shared + 1)
         self._requests[rid] = tracked
         references = self._references
         for block in hashes:
@@ -138,5 +140,5 @@ class WorkerLoad:
     @property
     def active_blocks(self) -> float:
         """Blocks that sequences there reference."""
-        own = len(self._references)
+        own = len(self._references) + len(self._requests)
         return own if self.report is None else max(own, self.report.kv_blocks_used + self._unreported_new)

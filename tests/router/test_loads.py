@@ -15,9 +15,9 @@ def test_own_work_counts_before_any_report() -> None:
     """What was sent counts at once: its prefill until the first token, its blocks until the end."""
     load = WorkerLoad(BLOCK)
     load.add(1, [11, 12, 13, 14], reused_blocks=1)
-    assert (load.prefill_blocks, load.active_blocks, load.requests) == (3, 4, 1)
+    assert (load.prefill_blocks, load.active_blocks, load.requests) == (3, 5, 1)
     load.first_token(1)
-    assert (load.prefill_blocks, load.active_blocks, load.requests) == (0, 4, 1)
+    assert (load.prefill_blocks, load.active_blocks, load.requests) == (0, 5, 1)
     load.remove(1)
     assert (load.prefill_blocks, load.active_blocks, load.requests) == (0, 0, 0)
 
@@ -30,10 +30,19 @@ def test_a_report_is_not_added_to_what_it_contains() -> None:
     load.on_report(Load(running=5, waiting_prefill_tokens=10 * BLOCK, kv_blocks_used=50), 0.0)
     assert (load.prefill_blocks, load.active_blocks, load.requests) == (10, 50, 5)
     load.add(2, [7, 8], 0)
-    assert (load.prefill_blocks, load.active_blocks, load.requests) == (12, 52, 6)
+    assert (load.prefill_blocks, load.active_blocks, load.requests) == (12, 53, 6)
     load.accepted(2)
     load.on_report(Load(running=6, waiting_prefill_tokens=2 * BLOCK, kv_blocks_used=52), 0.0)
     assert (load.prefill_blocks, load.active_blocks, load.requests) == (6, 52, 6)
+
+
+def test_a_prompt_below_one_block_weighs_something() -> None:
+    """Else a burst of short prompts would all see the same idle worker until its next report."""
+    load = WorkerLoad(BLOCK)
+    load.on_report(Load(), 0.0)
+    for rid in range(3):
+        load.add(rid, [], 0)
+    assert load.active_blocks == 3
 
 
 def test_shared_prefix_counts_once() -> None:
@@ -42,9 +51,9 @@ def test_shared_prefix_counts_once() -> None:
     load.add(1, [1, 2, 3], 0)
     assert load.shared_blocks([1, 2, 9, 10]) == 2
     load.add(2, [1, 2, 9, 10], 0)
-    assert load.active_blocks == 5
+    assert load.active_blocks == 5 + 2, "and one that each has for itself"
     load.remove(1)
-    assert load.active_blocks == 4
+    assert load.active_blocks == 4 + 1
     assert load.shared_blocks([1, 2, 3]) == 2
 
 
