@@ -21,6 +21,8 @@ class InstanceCard(Struct, frozen=True, kw_only=True):
     model: str
     role: Role = "agg"
     host: Literal["pytriton", "triton"] = "pytriton"
+    triton_model: str = ""
+    """Name on the Triton server whose `.control` and `.session` are the instance's; empty: `model`."""
     grpc_address: str
     """host:port of the Triton server."""
     http_address: str = ""

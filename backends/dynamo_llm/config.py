@@ -33,6 +33,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     engine: str = "torch"
     engine_options: dict[str, Any] = {}
     """Passed to the engine untouched."""
+    python: str = ""
+    """Interpreter of the environment that the engine lives in, in a process of its own; empty: this process."""
     role: Role = "agg"
     namespace: str = "default"
     component: str = "worker"

@@ -8,7 +8,13 @@ from typing import Any
 
 from dynamo_llm.engines.base import Engine, EngineError
 
-_ENGINES = {"torch": ("dynamo_llm.engines.torch_engine.engine", "TorchEngine", "worker")}
+_ENGINES = {
+    "torch": ("dynamo_llm.engines.torch_engine.engine", "TorchEngine", "worker"),
+    "mock": ("dynamo_llm.engines.mock_engine.engine", "MockEngine", "worker"),
+    "vllm": ("dynamo_llm.engines.vllm_engine.engine", "VllmEngine", "vllm"),
+    "sglang": ("dynamo_llm.engines.sglang_engine.engine", "SglangEngine", "sglang"),
+    "trtllm": ("dynamo_llm.engines.trtllm_engine.engine", "TrtllmEngine", "trtllm"),
+}
 """Name: module, class, and the extra that installs what the module imports."""
 
 
