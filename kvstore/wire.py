@@ -189,6 +189,9 @@ class Load(Struct, frozen=True, array_like=True, gc=False):
     """Measured, moving average; 0: not known yet."""
     decode_step_ms: float = 0.0
     """Measured, moving average; 0: not known yet."""
+    steps: int = 0
+    """Engine steps of this epoch that the report covers. Frames and replies can overtake each other: the report with
+    fewer steps is the older one."""
 
 
 class StatsReply(Struct, frozen=True, tag="stats"):

@@ -213,7 +213,10 @@ class Service:
 
     def load(self) -> Load:
         """The load after the last step."""
-        return self._load if self._inflight else self.engine.load()
+        if self._inflight:
+            return self._load
+        steps = self._load.steps  # before the engine is asked: what it says may be newer than that, never older
+        return msgspec.structs.replace(self.engine.load(), steps=steps)
 
     # --- what the worker calls ---------------------------------------------------------------------------------------
 
@@ -340,7 +343,7 @@ class Service:
         now_s = self._clock()
         by_session: dict[Session, list[Output]] = {}
         with self._lock:
-            self._load = step.load
+            self._load = msgspec.structs.replace(step.load, steps=self._load.steps + 1)
             for output in step.outputs:
                 final = output.finish_reason is not None
                 entry = self._finish(output.rid) if final else self._inflight.get(output.rid)

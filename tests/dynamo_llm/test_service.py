@@ -363,6 +363,21 @@ async def test_an_idle_session_hears_of_the_load() -> None:
     assert frame.load.kv_blocks_total == 64
 
 
+async def test_reports_say_how_many_steps_they_cover() -> None:
+    """A reply from before a step can be told from that step's frame, whichever arrives first; idle ones count on."""
+    rig = Rig()
+    reader = await rig.open()
+    rig.control(submit(1, max_tokens=2))
+    (before,) = rig.control(Stats())
+    rig.engine.step()
+    assert isinstance(before, StatsReply)
+    assert (before.load.steps, (await reader.frame()).load.steps) == (0, 1)
+    rig.engine.step()
+    (idle,) = rig.control(Stats())
+    assert isinstance(idle, StatsReply)
+    assert (idle.load.running, idle.load.steps) == (0, 2)
+
+
 async def test_a_drain_refuses_new_work_and_lets_the_old_end() -> None:
     """Submits and sessions are refused as `draining`; the request in flight gets its final output, then the end."""
     rig = Rig()

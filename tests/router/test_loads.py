@@ -36,6 +36,21 @@ def test_a_report_is_not_added_to_what_it_contains() -> None:
     assert (load.prefill_blocks, load.active_blocks, load.requests) == (6, 52, 6)
 
 
+def test_a_report_that_was_overtaken_tells_nothing() -> None:
+    """A control reply may arrive after the frame of a later step: what ended in between must not come back."""
+    load = WorkerLoad(BLOCK)
+    load.on_report(Load(steps=8), 1.0)
+    load.add(1, [1, 2], 0)
+    load.accepted(1)
+    load.on_report(Load(running=100, kv_blocks_used=400, steps=7), 2.0)
+    assert (load.active_blocks, load.requests, load.reported_at_s) == (3, 1, 1.0)
+    load.on_report(Load(running=1, kv_blocks_used=3, steps=8), 3.0)
+    assert (load.active_blocks, load.requests, load.reported_at_s) == (3, 1, 3.0), "of the same step: taken"
+    load.clear()
+    load.on_report(Load(running=2, steps=1), 4.0)
+    assert load.requests == 2, "a new session begins anew"
+
+
 def test_a_prompt_below_one_block_weighs_something() -> None:
     """Else a burst of short prompts would all see the same idle worker until its next report."""
     load = WorkerLoad(BLOCK)
