@@ -213,8 +213,10 @@ class Service:
 
     def load(self) -> Load:
         """The load after the last step."""
-        if self._inflight:
-            return self._load
+        return self._load if self._inflight else self._load_now()
+
+    def _load_now(self) -> Load:
+        """With what was queued since the last step."""
         steps = self._load.steps  # before the engine is asked: what it says may be newer than that, never older
         return msgspec.structs.replace(self.engine.load(), steps=steps)
 
@@ -276,7 +278,7 @@ class Service:
                     if session is not None:
                         self.cancel(session, rid)
                 case wire.Stats():
-                    return wire.StatsReply(self.instance, self.epoch, self.engine.load(), self.draining)
+                    return wire.StatsReply(self.instance, self.epoch, self._load_now(), self.draining)
                 case wire.Snapshot():
                     return self._events.snapshot()
                 case wire.Drain():
