@@ -2,7 +2,9 @@
 
 import asyncio
 import inspect
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from redis.asyncio import Redis
 
 from kvstore.connect import connect
 from kvstore.embedded import EmbeddedRedis
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `up_process`: there are no packages under tests
 
 
 @pytest.fixture(scope="session")

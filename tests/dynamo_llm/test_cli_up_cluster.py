@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,56 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from up_process import Up
 
 from dynamo_llm import process_tree
 
-DEMO = Path(__file__).parents[2] / "model_repository" / "demo"
 TOKEN = "DYNAMO_LLM_TEST_CLUSTER"
 PATIENCE_S = 100
 
 pytestmark = pytest.mark.timeout(300)
 
 
-class Cluster:
-    """A running `up`, what it has said, and all processes below it."""
+class Cluster(Up):
+    """A running `up`, and all processes below it."""
 
     def __init__(self, folder: str) -> None:
+        arguments = ("--workers", "2", "--engine-option", "kv_blocks=512")
+        super().__init__(*arguments, environment={"TMPDIR": folder, TOKEN: folder, "DYNAMO_LLM_REDIS": ""})
         self.folder = folder
-        command = [sys.executable, "-m", "dynamo_llm", "up", "--model", str(DEMO), "--workers", "2"]
-        command += ["--http-port", "0", "--grpc-port", "0", "--engine-option", "kv_blocks=512"]
-        environment = {**os.environ, "TMPDIR": folder, TOKEN: folder}
-        environment.pop("DYNAMO_LLM_REDIS", None)
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        assert self.process.stdout is not None
-        self.told: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-        self.ready_line = self.process.stdout.readline()
-        self.base = self.ready_line.split()[1] if self.ready_line else ""
         self.pids: set[int] = set()
         self.regions: set[str] = set()
-        self.look()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.told.append(line.rstrip())
 
     def look(self) -> None:
         """Remember every process and region that is there now."""
         self.pids |= _family(self.process.pid, self.folder)
         self.regions |= process_tree.shm_regions(self.pids)
-
-    def wait(self) -> int:
-        """For the end of `up`: its exit code."""
-        code = self.process.wait(PATIENCE_S)
-        self._reader.join(PATIENCE_S)
-        for pipe in (self.process.stdout, self.process.stderr):
-            assert pipe is not None
-            pipe.close()
-        return code
 
     def left(self) -> list[str]:
         """What it has not removed."""
@@ -74,11 +47,6 @@ class Cluster:
         processes = [f"{pid}: {_read(f'/proc/{pid}/cmdline')}" for pid in pids]
         regions = [region for region in self.regions if os.path.exists(region)]
         return [*processes, *regions, *os.listdir(self.folder)]
-
-    def workers(self) -> dict[str, int]:
-        """The pid of each worker, as the last `ready` line of it says."""
-        found = (re.search(r"(worker-\d) ready \(pid (\d+)\)", line) for line in self.told)
-        return {match[1]: int(match[2]) for match in found if match}
 
     def ask(self, **options: Any) -> Any:
         body = {"model": "demo", "messages": [{"role": "user", "content": "What is 12 + 30?"}], "temperature": 0}
@@ -142,22 +110,22 @@ def _cluster() -> Iterator[Cluster]:
         for pid in cluster.pids:
             if _alive(pid):
                 os.kill(pid, signal.SIGKILL)
-        cluster.wait()
+        cluster.wait(PATIENCE_S)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_cluster_serves_heals_and_leaves_nothing() -> None:
     """Ready means served; a worker killed with -9 is named and replaced; SIGTERM drains, exits 0 and leaves nothing."""
     with _cluster() as cluster:
-        assert re.fullmatch(r"ready http://127\.0\.0\.1:\d+\n", cluster.ready_line), cluster.told
+        assert re.fullmatch(r"ready http://127\.0\.0\.1:\d+\n", cluster.read_ready_line()), cluster.log
         assert cluster.answer().strip() == "12 + 30 = 42."
         before = {instance["instance"] for instance in cluster.status()["instances"]}
         assert len(before) == 2
 
-        killed = cluster.workers()["worker-1"]
+        killed = cluster.pid_of("worker-1", "ready")
         os.kill(killed, signal.SIGKILL)
-        _until(lambda: cluster.workers()["worker-1"] != killed, "worker-1 did not come back")
-        died = next(line for line in cluster.told if "worker-1 died" in line)
+        _until(lambda: cluster.pid_of("worker-1", "ready") != killed, "worker-1 did not come back")
+        died = next(line for line in cluster.log if "worker-1 died" in line)
         assert f"(pid {killed}): killed by SIGKILL" in died
 
         def is_healed() -> bool:
@@ -175,49 +143,26 @@ def test_a_cluster_serves_heals_and_leaves_nothing() -> None:
             rest = response.read()
         assert first.startswith(b"data: ")
         assert rest.endswith(b"data: [DONE]\n\n")
-        assert cluster.wait() == 0
+        assert cluster.wait(PATIENCE_S) == 0
         assert cluster.left() == []
 
 
 def test_a_cluster_whose_supervisor_is_killed_leaves_nothing() -> None:
     """kill -9 of `up` itself: workers, Triton servers, Redis, sockets and shared memory go all the same."""
     with _cluster() as cluster:
-        assert cluster.base, cluster.told
+        assert cluster.read_ready_line(), cluster.log
+        cluster.look()
         os.kill(cluster.process.pid, signal.SIGKILL)
-        cluster.wait()
+        cluster.wait(PATIENCE_S)
         _until(lambda: not cluster.left(), "something was left")
 
 
 def test_a_stop_while_it_starts_is_orderly_too() -> None:
     """SIGINT before anything is ready: exit code 0, no ready line, and nothing is left."""
-    folder = tempfile.mkdtemp(prefix="t", dir="/tmp")
-    try:
-        command = [
-            sys.executable,
-            "-m",
-            "dynamo_llm",
-            "up",
-            "--model",
-            str(DEMO),
-            "--http-port",
-            "0",
-            "--grpc-port",
-            "0",
-        ]
-        environment = {**os.environ, "TMPDIR": folder, TOKEN: folder}
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        ) as process:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            assert "starting" in line
-            pids = _family(process.pid, folder)
-            process.send_signal(signal.SIGINT)
-            assert process.stdout.read() == ""
-            process.stderr.read()
-        assert process.returncode == 0
-        assert [pid for pid in pids | _family(0, folder) if _alive(pid)] == []
-        assert os.listdir(folder) == []
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with _cluster() as cluster:
+        _until(lambda: "starting" in "".join(cluster.log), "it does not start")
+        cluster.look()
+        cluster.process.send_signal(signal.SIGINT)
+        assert cluster.read_ready_line() == ""
+        assert cluster.wait(PATIENCE_S) == 0
+        assert cluster.left() == []

@@ -3,47 +3,23 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from up_process import Up
 
-DEMO = Path(__file__).parents[2] / "model_repository" / "demo"
 
-
-class Cluster:
+class Cluster(Up):
     """A running `dynamo-llm up`."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "dynamo_llm",
-            "up",
-            "--model",
-            str(DEMO),
-            "--http-port",
-            "0",
-            "--grpc-port",
-            "0",
-        ]
-        self.process = subprocess.Popen(
-            [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        self.log: list[str] = []
-        self._reader = threading.Thread(target=self._read_log)
-        self._reader.start()
-        words = self.process.stdout.readline().split()
-        if words[:1] != ["ready"]:
+        super().__init__(*arguments)
+        if not self.read_ready_line():
             self.stop()
             pytest.fail("the cluster did not start:\n" + "\n".join(self.log))
-        self.base = words[1]
 
     @property
     def grpc_address(self) -> str:
@@ -70,27 +46,15 @@ class Cluster:
             time.sleep(0.02)
         pytest.fail(f"not within {timeout_s:g} s; last status {json.dumps(status)}\n" + "\n".join(self.log[-30:]))
 
-    def pid_of(self, name: str) -> int:
-        """Process id of a part, as the supervisor told it: `router`, `redis`, `worker-1` …"""
-        told = [line for line in self.log if f"] {name} starting (pid " in line]
-        return int(told[-1].rpartition("(pid ")[2].rstrip(")"))
-
     def stop(self) -> int:
         """SIGTERM, and its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(60)
+            return super().wait(60)
         finally:
             if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)
-            self._reader.join(10)
-            self.process.stdout.close()
-            self.process.stderr.close()
-
-    def _read_log(self) -> None:
-        for line in self.process.stderr:
-            self.log.append(line.rstrip())
 
 
 @pytest.fixture(scope="session")
