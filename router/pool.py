@@ -288,9 +288,9 @@ def _key(card: InstanceCard) -> Key:
     return card.model, card.block_size
 
 
-def _place_of(card: InstanceCard) -> tuple[str, str, int, str]:
+def _place_of(card: InstanceCard) -> tuple[str, str, str, int, str]:
     """What a connection was made for."""
-    return card.grpc_address, card.model, card.block_size, card.model_files
+    return card.grpc_address, card.triton_model, card.model, card.block_size, card.model_files
 
 
 def _load(blob: bytes) -> tuple[Tokenizer, ChatTemplate]:

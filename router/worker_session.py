@@ -68,7 +68,7 @@ class WorkerSession:
         self._connect_timeout_s, self._control_timeout_s = timeouts_s
         self._owner = owner
         self._instance = card.instance
-        self._model = card.model
+        self._model = card.triton_model or card.model
         self._channel = grpc.aio.insecure_channel(card.grpc_address, options=_channel_options())
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._stream: Any = None

@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
 
 class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One worker: one engine behind one Triton server."""
+    """One worker: one engine (or several) behind one Triton server."""
 
     model_path: str
     """A Hugging Face folder, or an entry of a Triton model repository (see `resolve_model`)."""
@@ -35,6 +35,10 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Passed to the engine untouched."""
     python: str = ""
     """Interpreter of the environment that the engine lives in, in a process of its own; empty: this process."""
+    instances: Annotated[int, Meta(ge=1, le=256)] = 1
+    """Engines in this worker, each an instance of its own to routers."""
+    engine_restarts: Annotated[int, Meta(ge=0)] = 5
+    """How often in a row an engine that died is started again before the worker is given up."""
     role: Role = "agg"
     namespace: str = "default"
     component: str = "worker"

@@ -1,4 +1,5 @@
-"""When a child process that died comes back, and when it is given up. Pure: `supervisor.Child` passes the time in."""
+"""When a child process or an engine that died comes back, and when it is given up. Pure: `supervisor.Child` and
+`instance.Instance` pass the time in."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,8 @@ class RestartPolicy:
     """A child that was ready for so long has its failures forgotten."""
     start_attempts: int = 3
     """Give up on a child that fails so many times in a row before it was ever ready."""
+    most_restarts: int | None = None
+    """Give up on one that was ready, too, when it fails more often than this in a row; None: never."""
 
 
 @dataclass
@@ -55,7 +58,9 @@ class Lifecycle:
         if self._ready_at_s is not None and now_s - self._ready_at_s >= self.policy.stable_after_s:
             self.failures = 0
         self.failures += 1
-        if not self.ever_ready and (refused or self.failures >= self.policy.start_attempts):
+        most = self.policy.most_restarts
+        never_ready = not self.ever_ready and (refused or self.failures >= self.policy.start_attempts)
+        if never_ready or (most is not None and self.failures > most):
             self.state = "failed"
             return None
         self.state = "waiting"

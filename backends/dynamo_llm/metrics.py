@@ -56,10 +56,10 @@ class Histogram:
 
 
 class Metrics(Collector):
-    """One worker's figures."""
+    """One instance's figures."""
 
-    def __init__(self, model: str) -> None:
-        self._label = {"model": model}
+    def __init__(self, model: str, **labels: str) -> None:
+        self._label = {"model": model, **labels}
         self.finish_reasons: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
         self.ttft_s = Histogram(_LATENCY_S)
@@ -158,6 +158,24 @@ class Metrics(Collector):
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=list(self._label))
             gauge.add_metric(list(self._label.values()), value)
             yield gauge
+
+
+class Joined(Collector):
+    """The figures of several instances, each family once. They are told apart by a label of theirs."""
+
+    def __init__(self, parts: Sequence[Metrics]) -> None:
+        self._parts = parts
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for part in self._parts:
+            for family in part.collect():
+                known = families.setdefault(family.name, family)
+                if known is not family:
+                    known.samples += family.samples
+        yield from families.values()
 
 
 class MetricsServer:

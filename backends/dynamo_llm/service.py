@@ -1,8 +1,8 @@
 """Puts an engine at the service of routers: admission, requests in flight, sessions, drain. It knows nothing of Triton.
 
 A host (`hosts/`) carries the bytes: `control` answers one call of `M.control`, `frames` is one stream of `M.session`,
-and the public model `M` (`public_model.py`) submits through a session of its own. `worker.py` makes the `Service` of
-a process.
+and the public model `M` (`public_model.py`) submits through a session of its own. `instance.py` makes the `Service`,
+and gives it another engine when one has died: hosts keep the same service for good.
 
 Threads: hosts call in from several event loops, the engine calls back on a thread of its own. One lock guards the
 tables and is held for dictionary work only, never while the engine or a session is called. Every accepted request
@@ -89,7 +89,7 @@ class Service:
         self.metrics = metrics
         self.limits = limits or Limits()
         self.failure: str | None = None
-        """Why the engine died; None while it lives."""
+        """Why the engine died; None while one lives. Until then everything is answered with `engine_failure`."""
         self.draining = False
         self.on_change: Callable[[], None] = lambda: None
         """Called, on any thread, after a drain began or the engine died. Set before `start`."""
@@ -111,6 +111,13 @@ class Service:
     def start(self) -> None:
         """Let the engine step."""
         self.engine.start(self._on_step, self._on_death)
+
+    def restart(self, engine: Engine, *, epoch: int, events: Events) -> None:
+        """Go on with another engine after the last one died, under an epoch of its own."""
+        with self._lock:
+            self.engine, self.epoch, self._events = engine, epoch, events
+            self.failure = None
+        self.start()
 
     def control(self, payload: bytes) -> bytes:
         """Carry out one `ControlBatch` and encode its `ControlReply`. What is no batch gets a single `Refused`."""
@@ -193,8 +200,9 @@ class Service:
             priority=command.priority,
             kv_transfer_params=command.kv_transfer_params,
         )
+        engine = self.engine
         try:
-            self.engine.submit(request)
+            engine.submit(request)
         except RequestError as error:
             self._take_back(request.key, error.to_wire())
         except Exception as error:  # noqa: BLE001 - the engine's boundary: a bug in it must not leak the request
@@ -202,7 +210,7 @@ class Service:
                 request.key, WireError("engine_failure", f"the engine could not take the request: {error!r}")
             )
         if session.ended:  # it ended after we were admitted, when its other requests were cancelled
-            self.engine.cancel(request.key)
+            engine.cancel(request.key)
 
     def cancel(self, session: Session, rid: int) -> None:
         """End a request within a step. Unknown rids are ignored."""
@@ -213,7 +221,7 @@ class Service:
 
     def load(self) -> Load:
         """The load after the last step."""
-        return self._load if self._inflight else self._load_now()
+        return self._load if self._inflight or self.failure is not None else self._load_now()
 
     def _load_now(self) -> Load:
         """With what was queued since the last step."""
@@ -278,8 +286,10 @@ class Service:
                     if session is not None:
                         self.cancel(session, rid)
                 case wire.Stats():
+                    self._refuse_if_dead()
                     return wire.StatsReply(self.instance, self.epoch, self._load_now(), self.draining)
                 case wire.Snapshot():
+                    self._refuse_if_dead()
                     return self._events.snapshot()
                 case wire.Drain():
                     self.drain()
@@ -324,9 +334,12 @@ class Service:
         if entry is not None:
             raise ServiceError(error.code, error.message)
 
-    def _refuse_if_leaving(self) -> None:
+    def _refuse_if_dead(self) -> None:
         if self.failure is not None:
             raise ServiceError("engine_failure", self.failure)
+
+    def _refuse_if_leaving(self) -> None:
+        self._refuse_if_dead()
         if self.draining:
             raise ServiceError("draining", "this worker is about to stop")
 
@@ -363,6 +376,7 @@ class Service:
         error = WireError("engine_failure", reason)
         with self._lock:
             self.failure = reason
+            self._load = Load(steps=self._load.steps)
             entries = [entry for key in list(self._inflight) if (entry := self._finish(key)) is not None]
             self.metrics.finish_reasons["error"] += len(entries)
             self._handing_over = True

@@ -1,8 +1,8 @@
-"""One worker process: an engine behind a Triton server, in the registry. `dynamo-llm worker` and tests call `run`.
+"""One worker process: engines behind a Triton server, in the registry. `dynamo-llm worker` and tests call `run`.
 
-Start: engine, Redis, Triton, registry, `ready`. End, on SIGINT or SIGTERM or a `Drain` command: the registry first, so
-that no router sends more; then what is in flight; then the sessions, Triton, the engine. A second signal ends it all at
-once.
+Start: engines, Redis, Triton, registry, `ready`. End, on SIGINT or SIGTERM or a `Drain` command: the registry first, so
+that no router sends more; then what is in flight; then the sessions, Triton, the engines. A second signal ends it all
+at once. An engine that dies is no end: `instance.py` follows it with another, while Triton stays up.
 
 Triton's processes do not die with us. Two things see to it that none is left: at an orderly end we look for them by the
 mark in their environment, and when we are killed with -9, a guard process does (`process_tree`).
@@ -21,51 +21,46 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dynamo_llm import process_tree
 from dynamo_llm.config import ConfigError, WorkerConfig, resolve_model
-from dynamo_llm.engines import create_engine
 from dynamo_llm.engines.base import Engine, EngineError
-from dynamo_llm.hosts.base import HostError
+from dynamo_llm.hosts.base import HostError, PublicModels
 from dynamo_llm.hosts.pytriton import PyTritonHost, fits
-from dynamo_llm.metrics import Metrics, MetricsServer
+from dynamo_llm.instance import CreateEngine, Instance, create, tell
+from dynamo_llm.metrics import Joined, MetricsServer
 from dynamo_llm.public_model import PublicModel
-from dynamo_llm.service import Limits, Service
+from dynamo_llm.service import Service
 from kvstore import model_files
 from kvstore.cards import InstanceCard
 from kvstore.connect import Redis, connect
 from kvstore.errors import StoreError, StoreUnavailable
-from kvstore.events import EventPublisher
 from kvstore.keys import Keys
-from kvstore.lease import Lease
 from kvstore.registry import Registry
+from kvstore.tasks import spawn, stop
 from kvstore.text import Tokenizer
 
 OK, FAILED, CANNOT_START = 0, 1, 2
 _SAME_SIGNAL_S = 1.0
 """A Ctrl-C may come twice at once, from the terminal and from a supervisor: what follows so soon is the same."""
-_ENDING_S = 2.0
-"""How long cancelled requests and ending sessions may take."""
-_POLL_S = 0.01
 
 T = TypeVar("T")
-CreateEngine = Callable[[str, Path, str, dict[str, Any]], Engine]
 
 
 class _Interrupted(Exception):
     """A signal came before the worker was ready."""
 
 
-def run(config: WorkerConfig, create: CreateEngine = create_engine) -> int:
+def run(config: WorkerConfig, create: CreateEngine = create) -> int:
     """Serve until a signal comes. Returns the exit code: 0 drained, 1 failed while running, 2 could not start.
 
-    Call it on the main thread. `create` makes the engine from (name, model folder, model name, options).
+    Call it on the main thread. `create` makes the engines.
     """
     try:
         folder, model = resolve_model(config.model_path, config.model_name)
         address = config.advertise_host or _own_address(config.host)
-        with _scratch_folder(model) as scratch, _no_leftovers(scratch):
+        with _scratch_folder(model, config.instances) as scratch, _no_leftovers(scratch):
             return asyncio.run(_Worker(config, folder, model, address, scratch).run(create))
     except (ConfigError, EngineError, HostError, StoreError, OSError) as error:
         _say(f"cannot start: {error}")
@@ -81,12 +76,12 @@ class _Worker:
         self._model = model
         self._address = address
         self._scratch = scratch
-        self._instance = uuid.uuid4().hex[:16]
-        self._epoch = time.time_ns() // 1_000_000
+        self._instances: list[Instance] = []
         self._wake = asyncio.Event()
-        """Set when there is a reason to end: a signal, a drain, a death."""
+        """Set when there is a reason to end: a signal, a drain, an engine given up, the server's death."""
         self._signalled_s: float | None = None
-        self._host_failure: str | None = None
+        self._trouble: str | None = None
+        self._host_died = False
 
     async def run(self, create: CreateEngine) -> int:
         loop = asyncio.get_running_loop()
@@ -98,86 +93,78 @@ class _Worker:
         return OK
 
     async def _run(self, stack: AsyncExitStack, create: CreateEngine) -> int:
-        """Everything that is opened closes in reverse order: lease, Triton, metrics, engine, events, Redis."""
+        """Everything that is opened closes in reverse order: Triton, metrics, the instances, Redis."""
         config = self._config
-        engine = await asyncio.to_thread(create, config.engine, self._folder, self._model, config.engine_options)
-        stack.push_async_callback(asyncio.to_thread, engine.close)
+        for number in range(1, config.instances + 1):
+            name = self._model if number == 1 else f"{self._model}.i{number}"
+            instance = Instance(config, self._folder, self._model, name=name, create=create, say=_say)
+            stack.push_async_callback(instance.close)  # now, in case that Redis does not come
+            await instance.load()
+            self._instances.append(instance)
         redis: Redis = await self._insist(lambda: stack.enter_async_context(connect(config.redis_url)))
-        keys = Keys(config.key_prefix, config.namespace)
-        events = await stack.enter_async_context(self._publisher(redis, keys, engine))
-        stack.push_async_callback(asyncio.to_thread, engine.close)  # again: it must not outlive the publisher
-        service = self._service(engine, events)
-        files = model_files.read(self._folder)
-        server = _open_metrics(config, service)
+        registry = Registry(redis, Keys(config.key_prefix, config.namespace))
+        for instance in self._instances:
+            stack.push_async_callback(instance.close)  # again: while there is a Redis
+            await instance.begin(registry)
+            self._watch(instance.service)
+        server = _open_metrics(config, self._instances)
         stack.push_async_callback(asyncio.to_thread, server.close)
-        host = await self._open_host(stack, service, files)
-        registry = Registry(redis, keys)
+        files = model_files.read(self._folder)
+        host = await self._open_host(stack, files)
         blob = await self._insist(lambda: registry.put_blob(model_files.pack(files)))
-        card = self._card(engine, host, server.port, blob)
-        lease = await self._insist(lambda: registry.register(card, ttl_s=config.lease_ttl_s))
-        stack.push_async_callback(lease.close)
+        cards = [await self._register(instance, host, server.port, blob) for instance in self._instances]
+        keepers = [spawn(f"instance {instance.id}", self._keep(instance)) for instance in self._instances]
+        stack.push_async_callback(stop, *keepers)
         print(
-            f"ready {card.model} grpc={card.grpc_address} http={card.http_address} "
-            f"metrics={card.metrics_url} instance={card.instance}",
+            f"ready {self._model} grpc={cards[0].grpc_address} http={cards[0].http_address} "
+            f"metrics={cards[0].metrics_url} instance={','.join(card.instance for card in cards)}",
             flush=True,
         )
         await self._wake.wait()
-        return await self._end(service, lease)
+        await stop(*keepers)
+        return await self._end()
 
-    async def _end(self, service: Service, lease: Lease) -> int:
-        """Drain, unless Triton died: nobody is there to read then. An engine's death ends what is in flight itself."""
-        await lease.close()
-        if self._host_failure is None:
-            service.drain()
-            await _until(lambda: not service.in_flight or self._host_failure is not None, self._config.drain_timeout_s)
-        if self._host_failure is None and service.in_flight:
-            _say(f"cancelled {service.in_flight} requests that were not done in {self._config.drain_timeout_s:g} s")
-            service.cancel_all()
-            await _until(lambda: service.in_flight == 0, _ENDING_S)
-        trouble = service.failure or self._host_failure
-        service.end_sessions("drained")
-        await _until(lambda: service.streams == 0, _ENDING_S)
+    async def _register(self, instance: Instance, host: PyTritonHost, metrics_port: int, blob: str) -> InstanceCard:
+        def card(engine: Engine) -> InstanceCard:
+            return self._card(instance, engine, host, metrics_port, blob)
+
+        return await self._insist(lambda: instance.register(card))
+
+    async def _keep(self, instance: Instance) -> None:
+        self._trouble = await instance.keep()
+        self._wake.set()
+
+    async def _end(self) -> int:
+        """Drain, unless Triton died: nobody is there to read then."""
+        timeout_s = self._config.drain_timeout_s
+        drains = (instance.drain(timeout_s, hurry=lambda: self._host_died) for instance in self._instances)
+        if cancelled := sum(await asyncio.gather(*drains)):
+            _say(f"cancelled {cancelled} requests that were not done in {timeout_s:g} s")
+        trouble = self._trouble or next((i.service.failure for i in self._instances if i.service.failure), None)
         if trouble is not None:
             _say(trouble)
             return FAILED
         return OK
 
-    def _publisher(self, redis: Redis, keys: Keys, engine: Engine) -> EventPublisher:
-        return EventPublisher(
-            redis,
-            keys,
-            instance=self._instance,
-            epoch=self._epoch,
-            model=self._model,
-            block_size=engine.info.block_size,
-            heartbeat_s=self._config.heartbeat_s,
-        )
+    def _watch(self, service: Service) -> None:
+        """A `Drain` command of one instance ends the worker, as a signal does."""
+        loop, changed = asyncio.get_running_loop(), service.on_change
 
-    def _service(self, engine: Engine, events: EventPublisher) -> Service:
-        config = self._config
-        loop = asyncio.get_running_loop()
-        metrics = Metrics(self._model)
-        limits = Limits(
-            max_inflight=config.max_inflight,
-            max_payload_bytes=config.max_payload_bytes,
-            session_timeout_s=config.session_timeout_s,
-        )
-        service = Service(
-            engine, instance=self._instance, epoch=self._epoch, events=events, metrics=metrics, limits=limits
-        )
-        metrics.load = engine.load
-        metrics.sessions = lambda: service.sessions
-        metrics.events = lambda: (events.seq - events.dropped_batches, events.dropped_batches)
-        service.on_change = lambda: _tell(loop, self._wake)
-        service.start()
-        return service
+        def on_change() -> None:
+            changed()
+            if service.draining:
+                tell(loop, self._wake)
 
-    async def _open_host(self, stack: AsyncExitStack, service: Service, files: dict[str, bytes]) -> PyTritonHost:
+        service.on_change = on_change
+
+    async def _open_host(self, stack: AsyncExitStack, files: dict[str, bytes]) -> PyTritonHost:
         config = self._config
-        tokenizer = await asyncio.to_thread(_tokenizer, files)
+        tokenizer = await asyncio.to_thread(tokenizer_of, files)
+        services = {instance.name: instance.service for instance in self._instances}
+        public = PublicModels({service: PublicModel(service, tokenizer) for service in services.values()})
         host = PyTritonHost(
-            service,
-            PublicModel(service, tokenizer),
+            services,
+            public,
             model=self._model,
             folder=self._scratch,
             host=config.host,
@@ -187,23 +174,26 @@ class _Worker:
         loop = asyncio.get_running_loop()
 
         def on_death(reason: str) -> None:
-            self._host_failure = reason
-            _tell(loop, self._wake)
+            self._trouble, self._host_died = reason, True
+            tell(loop, self._wake)
 
         host.on_death = on_death
         stack.push_async_callback(asyncio.to_thread, host.stop)
         await asyncio.to_thread(host.start)  # on a thread of the loop's pool, which lives as long as we do
         return host
 
-    def _card(self, engine: Engine, host: PyTritonHost, metrics_port: int, blob: str) -> InstanceCard:
+    def _card(
+        self, instance: Instance, engine: Engine, host: PyTritonHost, metrics_port: int, blob: str
+    ) -> InstanceCard:
         config, info, address = self._config, engine.info, self._address
         return InstanceCard(
-            instance=self._instance,
+            instance=instance.id,
             namespace=config.namespace,
             component=config.component,
             endpoint=config.endpoint,
             model=self._model,
             role=config.role,
+            triton_model=instance.name,
             grpc_address=f"{address}:{host.grpc_port}",
             http_address=f"{address}:{host.http_port}",
             metrics_url=f"http://{address}:{metrics_port}/metrics",
@@ -213,7 +203,7 @@ class _Worker:
             kv_blocks=info.kv_blocks,
             max_context=info.max_context,
             model_files=blob,
-            epoch=self._epoch,
+            epoch=0,
             pid=os.getpid(),
             started_s=time.time(),
         )
@@ -251,9 +241,10 @@ def _mark() -> str:
 
 
 @contextlib.contextmanager
-def _scratch_folder(model: str) -> Iterator[Path]:
+def _scratch_folder(model: str, instances: int) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="dynamo-llm-"))
-    if not fits(folder, model):
+    longest = model if instances == 1 else f"{model}.i{instances}"
+    if not fits(folder, longest):
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix="dynamo-llm-", dir="/tmp"))
     try:
@@ -273,7 +264,7 @@ def _no_leftovers(scratch: Path) -> Iterator[None]:
         guard.release()
 
 
-def _tokenizer(files: dict[str, bytes]) -> Tokenizer | None:
+def tokenizer_of(files: dict[str, bytes]) -> Tokenizer | None:
     """None for a model without one. Raises `ConfigError` for one that cannot be read."""
     if "tokenizer.json" not in files:
         return None
@@ -283,12 +274,15 @@ def _tokenizer(files: dict[str, bytes]) -> Tokenizer | None:
         raise ConfigError(str(error)) from None
 
 
-def _open_metrics(config: WorkerConfig, service: Service) -> MetricsServer:
+def _open_metrics(config: WorkerConfig, instances: list[Instance]) -> MetricsServer:
     def trouble() -> str | None:
-        return service.failure or ("draining" if service.draining else None)
+        services = [instance.service for instance in instances]
+        failures = [service.failure for service in services if service.failure is not None]
+        return failures[0] if failures else "draining" if any(service.draining for service in services) else None
 
+    figures = Joined([instance.metrics for instance in instances])
     try:
-        return MetricsServer(config.host, config.metrics_port, service.metrics.registry, trouble)
+        return MetricsServer(config.host, config.metrics_port, figures.registry, trouble)
     except OSError as error:
         raise ConfigError(f"cannot listen on {config.host}:{config.metrics_port}: {error.strerror}") from None
 
@@ -303,18 +297,6 @@ def _own_address(host: str) -> str:
     if address.startswith("127."):  # Debian has the machine's own name in /etc/hosts with 127.0.1.1
         raise ConfigError(f"--host {host} does not say where routers find this worker: pass --advertise-host ADDRESS")
     return address
-
-
-def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: we have ended already
-        loop.call_soon_threadsafe(event.set)
-
-
-async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
-    """Wait until it holds, or the time is up."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline_s:  # noqa: ASYNC110 - it changes on threads without a loop
-        await asyncio.sleep(_POLL_S)
 
 
 def _say(text: str) -> None:

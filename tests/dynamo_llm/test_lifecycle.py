@@ -57,6 +57,15 @@ def test_a_child_that_was_ready_once_is_never_given_up() -> None:
     assert None not in [_live(life, None, 2) for _ in range(20)]
 
 
+def test_restarts_in_a_row_can_be_bounded() -> None:
+    """One that was ready is given up after so many; a long life in between has them forgotten."""
+    life = Lifecycle(RestartPolicy(stable_after_s=30, most_restarts=2))
+    short = [_live(life, 0, 1) for _ in range(2)]
+    assert None not in [*short, _live(life, 0, 100), _live(life, 0, 1)]
+    assert _live(life, 0, 1) is None
+    assert life.state == "failed"
+
+
 @pytest.mark.parametrize("ready", [False, True])
 def test_an_end_that_we_asked_for_is_no_failure(ready: bool) -> None:
     """After `stopping` the end is `stopped`, whether the child had been ready or not."""

@@ -19,7 +19,7 @@ from wire_router import Router, submit
 
 from dynamo_llm import process_tree
 from dynamo_llm.hosts import pytriton
-from dynamo_llm.hosts.base import HostError
+from dynamo_llm.hosts.base import HostError, PublicModels
 from dynamo_llm.hosts.pytriton import PyTritonHost, _ports, fits
 from dynamo_llm.metrics import Metrics
 from dynamo_llm.public_model import PublicModel
@@ -28,6 +28,11 @@ from kvstore.text import Tokenizer
 from kvstore.wire import Cancel, Close, Refused
 
 MODEL_FOLDER = Path(__file__).parents[2] / "model_repository/demo/1/model"
+
+
+def serve(service: Service, tokenizer: Tokenizer | None, folder: Path, **options: Any) -> PyTritonHost:
+    public = PublicModels({service: PublicModel(service, tokenizer)})
+    return PyTritonHost({"demo": service}, public, model="demo", folder=folder, **options)
 
 
 class Rig:
@@ -45,7 +50,7 @@ class Rig:
             limits=Limits(session_timeout_s=2.0, frame_heartbeat_s=0.2),
         )
         self.service.start()
-        self.host = PyTritonHost(self.service, PublicModel(self.service, self.tokenizer), model="demo", folder=folder)
+        self.host = serve(self.service, self.tokenizer, folder)
         self.host.start()
 
     @property
@@ -308,9 +313,7 @@ def test_nothing_is_restricted_and_nothing_is_bound_to_the_world(rig: Rig) -> No
 
 def test_a_busy_port_is_one_line(rig: Rig, tmp_path: Path) -> None:
     """Before anything is started."""
-    host = PyTritonHost(
-        rig.service, PublicModel(rig.service, None), model="demo", folder=tmp_path, grpc_port=rig.host.grpc_port
-    )
+    host = serve(rig.service, None, tmp_path, grpc_port=rig.host.grpc_port)
     with pytest.raises(HostError, match=f"cannot listen on 127.0.0.1:{rig.host.grpc_port}"):
         host.start()
 
@@ -322,7 +325,7 @@ def test_a_stopped_server_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     engine = ScriptedEngine(step_s=0.01)
     service = Service(engine, instance="0" * 16, epoch=7, events=Events(), metrics=Metrics("demo"))
     service.start()
-    host = PyTritonHost(service, PublicModel(service, None), model="demo", folder=tmp_path)
+    host = serve(service, None, tmp_path)
     host.start()
     pids = process_tree.members(mark)
     regions = process_tree.shm_regions(pids)
@@ -355,7 +358,7 @@ def test_a_port_lost_at_the_last_moment_is_replaced(tmp_path: Path, monkeypatch:
         engine = ScriptedEngine(step_s=0.01)
         service = Service(engine, instance="0" * 16, epoch=7, events=Events(), metrics=Metrics("demo"))
         service.start()
-        host = PyTritonHost(service, PublicModel(service, None), model="demo", folder=tmp_path)
+        host = serve(service, None, tmp_path)
         host.start()
     assert len(found) == 2
     assert host.grpc_port == found[1][0] != found[0][0]

@@ -1,5 +1,6 @@
 """A worker as a process: registration, an orderly end, and what a sudden one leaves over."""
 
+import json
 import os
 import signal
 import socket
@@ -47,9 +48,9 @@ def start(tmp_path: Path, redis_url: str, eventually: Callable[..., Any]) -> Ite
         worker.clean()
 
 
-def get(url: str) -> tuple[int, str]:
+def get(url: str, body: bytes | None = None) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
+        with urllib.request.urlopen(url, body, timeout=10) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -169,9 +170,13 @@ async def test_a_killed_worker_leaves_nothing(start: Start, eventually: Callable
     await router.channel.close()
 
 
-async def test_a_dead_engine_ends_the_worker(start: Start) -> None:
-    """The router hears of it in its last frame, the exit code is not 0, and one line says why."""
-    worker = await start()
+async def test_an_engine_that_dies_is_followed_by_another(
+    start: Start, redis: Redis, eventually: Callable[..., Any]
+) -> None:
+    """Its requests are told, the instance comes back under a later epoch and serves, lines say so, counters go on."""
+    worker = await start(key_prefix="follows")
+    registry = Registry(redis, Keys("follows"))
+    (before,) = await registry.instances()
     router = Router(worker.fields["grpc"], "router")
     await router.open()
     await router.frame()
@@ -179,11 +184,72 @@ async def test_a_dead_engine_ends_the_worker(start: Start) -> None:
     frame = await router.frame()
     while frame.end is None:
         frame = await router.frame()
-    await router.channel.close()
     assert frame.end == "engine_failure"
+
+    async def is_back() -> bool:
+        return [card.epoch > before.epoch for card in await registry.instances()] == [True]
+
+    await eventually(is_back)
+    (after,) = await registry.instances()
+    assert (after.instance, after.pid) == (before.instance, worker.process.pid)
+    await router.open()
+    assert (await router.frame()).epoch == after.epoch
+    assert await router.run(submit(1)) == {1: [11, 12, 13, 14, 15]}
+    await router.channel.close()
+    status, text = get(worker.fields["metrics"])
+    assert status == 200
+    assert 'dynamo_llm_worker_requests_total{finish_reason="error",model="demo"} 1.0' in text
+    await eventually(lambda: len(worker.err) == 2)
+    assert "met its fatal token; the engine starts again in 0.25 s" in worker.err[0]
+    assert worker.err[1] == f"dynamo-llm worker: the engine is back, epoch {after.epoch}"
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert worker.nothing_left
+
+
+async def test_an_engine_that_dies_too_often_ends_the_worker(start: Start) -> None:
+    """After the restarts that it has in a row, the exit code is not 0, and the last line says why."""
+    worker = await start(engine_restarts=0)
+    router = Router(worker.fields["grpc"], "router")
+    await router.open()
+    await router.frame()
+    await router.control(submit(1, FATAL_TOKEN))
+    assert await router.read_to_end() == "engine_failure"
+    await router.channel.close()
     assert worker.wait() == 1
     assert worker.err == ["dynamo-llm worker: the scripted engine met its fatal token"]
     assert worker.nothing_left
+
+
+async def test_several_instances_share_a_server(start: Start, redis: Redis) -> None:
+    """Each is registered and reached by itself, has its own figures, and the public model uses all of them."""
+    worker = await start(key_prefix="several", instances=2)
+    cards = await Registry(redis, Keys("several")).instances()
+    assert sorted(card.triton_model for card in cards) == ["demo", "demo.i2"]
+    assert {card.grpc_address for card in cards} == {worker.fields["grpc"]}
+    routers = [Router(card.grpc_address, "router", card.triton_model) for card in cards]
+    for card, router in zip(cards, routers, strict=True):
+        await router.open()
+        assert (await router.frame()).epoch == card.epoch
+        (stats,) = await router.control(Stats())
+        assert isinstance(stats, StatsReply)
+        assert stats.instance == card.instance
+    await routers[0].control(submit(1, max_tokens=None))
+    assert await routers[1].run(submit(1)) == {1: [11, 12, 13, 14, 15]}
+    body = json.dumps({"input_ids": [5], "parameters": {"max_tokens": 2}}).encode()
+    with urllib.request.urlopen(
+        f"http://{worker.fields['http']}/v2/models/demo/generate", body, timeout=10
+    ) as response:
+        assert json.load(response)["output_ids"] == [6, 7]
+    _, text = get(worker.fields["metrics"])
+    generated = {line for line in text.splitlines() if line.startswith("dynamo_llm_worker_generated_tokens_total{")}
+    busy, idle = cards[0].triton_model, cards[1].triton_model
+    assert f'dynamo_llm_worker_generated_tokens_total{{model="demo",triton_model="{idle}"}} 7.0' in generated
+    assert any(busy in line for line in generated)
+    assert text.count("# TYPE dynamo_llm_worker_generated_tokens_total ") == 1
+    for router in routers:
+        await router.channel.close()
+    worker.process.kill()
 
 
 async def test_a_dead_triton_server_ends_the_worker(start: Start) -> None:

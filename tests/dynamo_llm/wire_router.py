@@ -22,10 +22,11 @@ def request(model: str, payload: bytes) -> Any:
 
 
 class Router:
-    """A session of the model `demo`, over a channel of its own."""
+    """A session of a model, over a channel of its own."""
 
-    def __init__(self, address: str, session: str) -> None:
+    def __init__(self, address: str, session: str, model: str = "demo") -> None:
         self.session = session
+        self._model = model
         self.channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
         self._stream: Any = None
@@ -33,7 +34,7 @@ class Router:
     async def open(self, payload: bytes | None = None) -> None:
         self._stream = self._stub.ModelStreamInfer()
         opening = payload if payload is not None else wire.encode(OpenSession(self.session))
-        await self._stream.write(request("demo.session", opening))
+        await self._stream.write(request(self._model + wire.SESSION_SUFFIX, opening))
         await self._stream.done_writing()
 
     async def frame(self) -> Frame:
@@ -59,7 +60,7 @@ class Router:
         return await self.control_raw(wire.encode(ControlBatch(self.session, list(commands))))
 
     async def control_raw(self, payload: bytes) -> list[wire.Reply]:
-        response = await self._stub.ModelInfer(request("demo.control", payload), timeout=10.0)
+        response = await self._stub.ModelInfer(request(self._model + wire.CONTROL_SUFFIX, payload), timeout=10.0)
         return wire.decode_reply(response.raw_output_contents[0]).replies
 
     async def run(self, *commands: Submit) -> dict[int, list[int]]:

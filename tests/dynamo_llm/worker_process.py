@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 from scripted_engine import ScriptedEngine, tokens
 
+from dynamo_llm import instance
 from dynamo_llm.config import WorkerConfig
-from dynamo_llm.engines import create_engine
 from dynamo_llm.engines.base import Engine, EngineRequest
 from dynamo_llm.worker import run
 from kvstore.wire import Load
@@ -40,8 +40,10 @@ class SteeredEngine(ScriptedEngine):
         return msgspec.structs.replace(super().load(), waiting=len(self._waiting))
 
 
-def create(name: str, folder: Path, model: str, options: dict[str, Any]) -> Engine:
-    return SteeredEngine(model, **options) if name == "scripted" else create_engine(name, folder, model, options)
+def create(config: WorkerConfig, folder: Path, model: str) -> Engine:
+    if config.engine == "scripted":
+        return SteeredEngine(model, **config.engine_options)
+    return instance.create(config, folder, model)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,18 @@ def worker(
         list[str] | None,
         typer.Option(help="Option of the engine, its value in JSON; repeatable.", metavar="KEY=VALUE"),
     ] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(
+            help="Interpreter of the environment that the engine lives in, in a process of its own.",
+            metavar="PATH",
+            show_default="this process",
+        ),
+    ] = None,
+    instances: Annotated[
+        int | None,
+        typer.Option(help="Engines in this worker, each an instance to routers.", show_default=f"{_DEFAULT.instances}"),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with any of these options.", metavar="FILE", dir_okay=False)
     ] = None,
@@ -130,6 +142,8 @@ def worker(
         "model_path": model,
         "model_name": name,
         "engine": engine,
+        "python": python,
+        "instances": instances,
         "redis_url": redis,
         "namespace": namespace,
         "role": role,

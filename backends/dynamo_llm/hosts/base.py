@@ -1,7 +1,10 @@
-"""What every host offers to `worker.py`: it puts a `Service` and its public model on the wire."""
+"""What the hosts have in common: each puts services and their public model on the wire."""
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any, Protocol
+
+from dynamo_llm.public_model import PublicModel, Tensors
+from dynamo_llm.service import Service
 
 
 class HostError(Exception):
@@ -21,3 +24,15 @@ class Host(Protocol):
 
     def stop(self) -> None:
         """End the server and remove what it left. May be called twice, and after the server's own end."""
+
+
+class PublicModels:
+    """The public model over several instances: a request goes to the one that has least to do."""
+
+    def __init__(self, by_service: Mapping[Service, PublicModel]) -> None:
+        self._by_service = by_service
+
+    def generate(self, tensors: Mapping[str, Any], parameters: Mapping[str, Any]) -> AsyncGenerator[Tensors, None]:
+        """As `PublicModel.generate`."""
+        service = min(self._by_service, key=lambda service: (not service.healthy, service.in_flight))
+        return self._by_service[service].generate(tensors, parameters)

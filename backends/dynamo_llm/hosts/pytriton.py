@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from pytriton.proxy.types import Request
 from pytriton.triton import Triton, TritonConfig, TritonLifecyclePolicy, TritonSecurityConfig
 
 from dynamo_llm import libpython
-from dynamo_llm.hosts.base import HostError
-from dynamo_llm.public_model import INPUTS, OUTPUTS, PublicModel
+from dynamo_llm.hosts.base import HostError, PublicModels
+from dynamo_llm.public_model import INPUTS, OUTPUTS
 from dynamo_llm.service import Service, ServiceError
 from kvstore.wire import CONTROL_SUFFIX, PAYLOAD, SESSION_SUFFIX
 
@@ -67,8 +67,8 @@ class PyTritonHost:
 
     def __init__(
         self,
-        service: Service,
-        public: PublicModel,
+        services: Mapping[str, Service],
+        public: PublicModels,
         *,
         model: str,
         folder: Path,
@@ -76,11 +76,13 @@ class PyTritonHost:
         grpc_port: int = 0,
         http_port: int = 0,
     ) -> None:
-        """`folder` is for the server's files (see `fits`); whoever made it removes it. Port 0: a free one."""
+        """`services` by the name before `.control` and `.session`; `public` is the model itself.
+
+        `folder` is for the server's files (see `fits`); whoever made it removes it. Port 0: a free one."""
         self.grpc_port = grpc_port
         self.http_port = http_port
         self.on_death: Callable[[str], None] = lambda reason: None
-        self._service = service
+        self._services = services
         self._public = public
         self._model = model
         self._host = host
@@ -145,27 +147,14 @@ class PyTritonHost:
     def _bind(self, server: Triton) -> None:
         inputs = [Tensor(name=name, dtype=dtype, shape=shape, optional=True) for name, dtype, shape in INPUTS]
         outputs = [Tensor(name=name, dtype=dtype, shape=shape) for name, dtype, shape in OUTPUTS]
-        control, session = self._model + CONTROL_SUFFIX, self._model + SESSION_SUFFIX
         server.bind(self._model, self._generate, inputs, outputs, config=_DECOUPLED)
-        server.bind(control, self._control, _PAYLOAD, _PAYLOAD, config=_UNARY)
-        server.bind(session, self._frames, _PAYLOAD, _PAYLOAD, config=_DECOUPLED)
+        for name, service in self._services.items():
+            door = _Door(service)
+            server.bind(name + CONTROL_SUFFIX, door.control, _PAYLOAD, _PAYLOAD, config=_UNARY)
+            server.bind(name + SESSION_SUFFIX, door.frames, _PAYLOAD, _PAYLOAD, config=_DECOUPLED)
 
     def _connect_host(self) -> str:
         return "127.0.0.1" if self._host == "0.0.0.0" else self._host
-
-    # --- the models, each on a loop of its own; without batching PyTriton hands over one request at a time ---
-
-    async def _control(self, requests: list[Request]) -> list[dict[str, Any]]:
-        return [_tensor(self._service.control(request[PAYLOAD].tobytes())) for request in requests]
-
-    async def _frames(self, requests: list[Request]) -> AsyncGenerator[list[dict[str, Any]], None]:
-        (request,) = requests
-        try:
-            async with aclosing(self._service.frames(request[PAYLOAD].tobytes())) as frames:
-                async for frame in frames:
-                    yield [_tensor(frame)]
-        except ServiceError as error:
-            raise ModelError(str(error)) from None
 
     async def _generate(self, requests: list[Request]) -> AsyncGenerator[list[dict[str, Any]], None]:
         (request,) = requests
@@ -173,6 +162,25 @@ class PyTritonHost:
             async with aclosing(self._public.generate(request.data, request.parameters or {})) as answers:
                 async for answer in answers:
                     yield [answer]
+        except ServiceError as error:
+            raise ModelError(str(error)) from None
+
+
+class _Door:
+    """The models of one service, each on a loop of its own; without batching PyTriton brings one request at a time."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def control(self, requests: list[Request]) -> list[dict[str, Any]]:
+        return [_tensor(self._service.control(request[PAYLOAD].tobytes())) for request in requests]
+
+    async def frames(self, requests: list[Request]) -> AsyncGenerator[list[dict[str, Any]], None]:
+        (request,) = requests
+        try:
+            async with aclosing(self._service.frames(request[PAYLOAD].tobytes())) as frames:
+                async for frame in frames:
+                    yield [_tensor(frame)]
         except ServiceError as error:
             raise ModelError(str(error)) from None
 

@@ -1,0 +1,257 @@
+"""One instance in the registry: a `Service` that outlives its engines. The hosts' entry points (`worker.py`,
+`hosts/triton.py`) run it.
+
+A *life* is one engine under one epoch: the engine, the publisher of its KV events, the lease on its card. When the
+engine dies, what it had in flight gets `engine_failure`, the life ends (first the lease, so that no router sends more)
+and after a pause the next one begins, under the same instance id and a later epoch. The Triton server stays up
+throughout, and answers with `engine_failure` in the meantime. An engine that dies too often in a row is given up.
+"""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+
+from dynamo_llm.config import WorkerConfig
+from dynamo_llm.engines import create_engine
+from dynamo_llm.engines.base import Engine, EngineError
+from dynamo_llm.lifecycle import Lifecycle, RestartPolicy
+from dynamo_llm.metrics import Metrics
+from dynamo_llm.service import Limits, Service
+from kvstore.cards import InstanceCard
+from kvstore.errors import StoreError, StoreUnavailable
+from kvstore.events import EventPublisher
+from kvstore.lease import Lease
+from kvstore.registry import Registry
+
+ENDING_S = 2.0
+"""How long cancelled requests and ending sessions may take."""
+_FIRST_PAUSE_S = 0.25
+_POLL_S = 0.01
+
+CreateEngine = Callable[[WorkerConfig, Path, str], Engine]
+"""Makes the engine of (options, model folder, model name). Raises `EngineError`."""
+
+
+def create(config: WorkerConfig, folder: Path, model: str) -> Engine:
+    """The engine that the options name."""
+    python = [config.python] if config.python else []
+    return create_engine(config.engine, folder, model, config.engine_options, *python)
+
+
+class Instance:
+    """See the module's docstring. `load`, `begin`, `register`, `keep` and `end` are called in this order, `close` last.
+
+    It lives on the event loop that calls these; the service may be used from everywhere.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        folder: Path,
+        model: str,
+        *,
+        name: str = "",
+        create: CreateEngine = create,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`name`: the Triton model whose `.control` and `.session` are this instance's, `model` where empty.
+
+        `say` takes a line for the operator.
+        """
+        self.id = uuid.uuid4().hex[:16]
+        self.name = name or model
+        labels = {"triton_model": self.name} if config.instances > 1 else {}
+        self.metrics = Metrics(model, **labels)
+        self._config = config
+        self._create = lambda: create(config, folder, model)
+        self._model = model
+        self._say = say
+        self._restarts = Lifecycle(RestartPolicy(first_delay_s=_FIRST_PAUSE_S, most_restarts=config.engine_restarts))
+        self._changed = asyncio.Event()
+        """Set when the service drains, or its engine has died."""
+        self._life = AsyncExitStack()
+        self._lease: Lease | None = None
+        self._engine: Engine | None = None
+        self._service: Service | None = None
+        self._epoch = 0
+        self._batches = (0, 0)
+        """KV event batches of earlier lives: published, dropped."""
+        self._registry: Registry
+        self._card: Callable[[Engine], InstanceCard]
+
+    @property
+    def service(self) -> Service:
+        """The same one for good. Not before `begin`."""
+        if self._service is None:
+            raise RuntimeError("the instance has not begun")
+        return self._service
+
+    async def load(self) -> None:
+        """Make the first engine. Raises `EngineError`."""
+        self._restarts.started()
+        self._engine = await self._make()
+
+    async def begin(self, registry: Registry) -> None:
+        """Let it serve; `service` is there from now on."""
+        self._registry = registry
+        await self._live()
+
+    async def register(self, card: Callable[[Engine], InstanceCard]) -> InstanceCard:
+        """Enter the registry with the card of a life's engine; its instance and epoch are filled in. Raises
+        `StoreError`, and may then be called again."""
+        self._card = card
+        made = msgspec.structs.replace(card(self.service.engine), instance=self.id, epoch=self._epoch)
+        self._lease = await self._registry.register(made, ttl_s=self._config.lease_ttl_s)
+        self._life.push_async_callback(self._lease.close)
+        return made
+
+    async def keep(self) -> str:
+        """Follow each engine that dies with another, until that is given up: the reason."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self.service.failure is not None and (reason := await self._follow(self.service.failure)) is not None:
+                return reason
+
+    async def leave(self) -> None:
+        """Leave the registry, so that no router sends more."""
+        if self._lease is not None:
+            await self._lease.close()
+
+    async def drain(self, timeout_s: float, hurry: Callable[[], bool] = lambda: False) -> int:
+        """Leave the registry, take nothing new, let what is in flight end, then the sessions.
+
+        Returns how many requests were cancelled because they outlasted `timeout_s`. `hurry` true: nobody is there to
+        read any more.
+        """
+        await self.leave()
+        self.service.drain()
+        await until(lambda: not self.service.in_flight or hurry(), timeout_s)
+        cancelled = 0 if hurry() else self.service.in_flight
+        if cancelled:
+            self.service.cancel_all()
+            await until(lambda: not self.service.in_flight, ENDING_S)
+        self.service.end_sessions("drained")
+        await until(lambda: not self.service.streams, ENDING_S)
+        return cancelled
+
+    async def close(self) -> None:
+        """End the life and everything of it. May be called twice, and at any point."""
+        await self._life.aclose()
+        engine, self._engine = self._engine, None
+        if engine is not None:  # made, and never begun
+            await asyncio.to_thread(engine.close)
+
+    # --- one life after the other ------------------------------------------------------------------------------------
+
+    async def _follow(self, reason: str) -> str | None:
+        """From an engine's death to the next one's registration. Returns the reason where there is no next one."""
+        await self._life.aclose()
+        while (pause_s := self._restarts.exited(time.monotonic())) is not None:
+            self._say(f"{reason}; the engine starts again in {pause_s:g} s")
+            await asyncio.sleep(pause_s)
+            self._restarts.started()
+            try:
+                self._engine = await self._make()
+                await self._live()
+                await self._register_again()
+            except (EngineError, StoreError) as error:
+                await self._life.aclose()
+                self.service.failure = reason = str(error)
+                continue
+            if self.service.failure is None:
+                self._say(f"the engine is back, epoch {self._epoch}")
+            return None
+        return reason
+
+    async def _make(self) -> Engine:
+        """An engine that is ours also when nobody waits for it any more."""
+        making = asyncio.ensure_future(asyncio.to_thread(self._create))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            with contextlib.suppress(EngineError):
+                await asyncio.to_thread((await making).close)
+            raise
+
+    async def _live(self) -> None:
+        """Begin a life with the engine that was made."""
+        engine, self._engine = self._engine, None
+        if engine is None:
+            raise RuntimeError("an engine is made before it lives")
+        self._epoch = max(time.time_ns() // 1_000_000, self._epoch + 1)
+        self._life.push_async_callback(asyncio.to_thread, engine.close)
+        events = await self._life.enter_async_context(self._publisher(engine))
+        self._life.callback(self._count_batches, events)
+        self._life.push_async_callback(asyncio.to_thread, engine.close)  # it must not outlive the publisher
+        before = self._batches
+        self.metrics.events = lambda: _batches(before, events)
+        if self._service is not None:
+            self._service.restart(engine, epoch=self._epoch, events=events)
+        else:
+            self._service = self._first_service(engine, events)
+            self._service.start()
+        self._restarts.ready(time.monotonic())
+
+    async def _register_again(self) -> None:
+        """As long as it takes: without Redis the engine serves all the same. Raises what waiting does not mend."""
+        pause_s = 0.1
+        while self.service.failure is None and not self.service.draining:
+            try:
+                await self.register(self._card)
+                return
+            except StoreUnavailable:  # noqa: PERF203 - tried again
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, 2.0)
+
+    def _publisher(self, engine: Engine) -> EventPublisher:
+        return EventPublisher(
+            self._registry.redis,
+            self._registry.keys,
+            instance=self.id,
+            epoch=self._epoch,
+            model=self._model,
+            block_size=engine.info.block_size,
+            heartbeat_s=self._config.heartbeat_s,
+        )
+
+    def _first_service(self, engine: Engine, events: EventPublisher) -> Service:
+        config, loop = self._config, asyncio.get_running_loop()
+        limits = Limits(
+            max_inflight=config.max_inflight,
+            max_payload_bytes=config.max_payload_bytes,
+            session_timeout_s=config.session_timeout_s,
+        )
+        service = Service(
+            engine, instance=self.id, epoch=self._epoch, events=events, metrics=self.metrics, limits=limits
+        )
+        self.metrics.load = service.load
+        self.metrics.sessions = lambda: service.sessions
+        service.on_change = lambda: tell(loop, self._changed)
+        return service
+
+    def _count_batches(self, events: EventPublisher) -> None:
+        self._batches = _batches(self._batches, events)
+
+
+def _batches(before: tuple[int, int], events: EventPublisher) -> tuple[int, int]:
+    return before[0] + events.seq - events.dropped_batches, before[1] + events.dropped_batches
+
+
+def tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    """Set an event of a loop, from any thread, also when the loop has ended already."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(event.set)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until it holds, or the time is up."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:  # noqa: ASYNC110 - it changes on threads without a loop
+        await asyncio.sleep(_POLL_S)
