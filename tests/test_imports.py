@@ -25,7 +25,7 @@ PLACES = {
     "torch": ["backends/dynamo_llm/engines/*"],
     "safetensors": ["backends/dynamo_llm/engines/*"],
     "transformers": [],
-    "vllm": [],
+    "vllm": ["backends/dynamo_llm/engines/vllm_engine/*"],
     "nixl": [],
     "starlette": ["router/*"],
     "uvicorn": ["router/*"],

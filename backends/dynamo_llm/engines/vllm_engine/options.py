@@ -1,0 +1,98 @@
+"""`engine_options` to vLLM's `AsyncEngineArgs`. They are vLLM's engine arguments by their own names, passed untouched.
+
+`VllmEngine` calls it once. What is added where the options say nothing is in `_defaults`, with the reasons.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+from msgspec import Struct
+from vllm.config import KVEventsConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+
+from dynamo_llm.engines.async_types import nearest
+from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.vllm_engine.coerce import coerce
+
+_OWN = ("lora_modules", "max_waiting")
+"""Options of ours beside vLLM's."""
+_TAKEN = frozenset({"model", "served_model_name"})
+"""Arguments that the worker decides."""
+_CPU_KV_SHARE = 0.1
+"""Of the free memory, for the KV cache on a CPU."""
+
+
+class VllmOptions(Struct, frozen=True):
+    """What the constructor needs."""
+
+    args: AsyncEngineArgs
+    loras: dict[str, LoRARequest]
+    """Adapters by the name that requests give."""
+    max_waiting: int
+
+
+def parse_options(folder: Path, options: Mapping[str, Any], events: KVEventsConfig) -> VllmOptions:
+    """Raises `EngineError` naming the nearest known option. `events` is used unless the options bring their own."""
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs) if field.init} - _TAKEN
+    for name in options:
+        if name in _TAKEN:
+            raise EngineError(
+                f"the vllm engine's option {name!r} is the worker's to set: give it by --model and --name"
+            )
+        if name not in known and name not in _OWN:
+            near = nearest(name, [*known, *_OWN])
+            raise EngineError(f"the vllm engine has no option {name!r}; did you mean {near!r}?")
+    loras = _loras(options.get("lora_modules"))
+    given = {name: value for name, value in options.items() if name not in _OWN}
+    values = {**_defaults(given, events, bool(loras)), **given}
+    try:
+        arguments = {name: coerce(AsyncEngineArgs, name, value) for name, value in values.items()}
+        max_waiting = int(options.get("max_waiting", 1024))
+        args = AsyncEngineArgs(model=str(folder), **arguments)
+    except (ValueError, TypeError) as error:
+        raise EngineError(f"vllm engine options: {_line(error)}") from None
+    if args.data_parallel_size > 1:
+        raise EngineError("data_parallel_size: start one worker per rank instead; routers balance between workers")
+    return VllmOptions(args, loras, max_waiting)
+
+
+def _defaults(given: Mapping[str, Any], events: KVEventsConfig, loras: bool) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "scheduling_policy": "priority",  # a request's priority would be ignored; equal ones are served as they come
+        "max_logprobs": 100,  # as many as the wire allows
+        "disable_log_stats": True,  # vLLM's own lines in the log: the worker has metrics
+    }
+    if given.get("enable_prefix_caching", True):
+        defaults["kv_events_config"] = events
+    if loras:
+        defaults["enable_lora"] = True
+    says_memory = {"gpu_memory_utilization", "kv_cache_memory_bytes"} & given.keys()
+    if current_platform.is_cpu() and not says_memory and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        # vLLM would take 92 % of the machine's memory, and not start where something else runs on it.
+        defaults["kv_cache_memory_bytes"] = int(psutil.virtual_memory().available * _CPU_KV_SHARE)
+    return defaults
+
+
+def _loras(modules: Any) -> dict[str, LoRARequest]:
+    """`{"name": "folder", …}`, or `name=folder` texts as vLLM's own server takes them."""
+    if modules is None:
+        return {}
+    if isinstance(modules, str):
+        modules = modules.split()
+    if not isinstance(modules, Mapping):
+        pairs = [str(module).partition("=") for module in modules]
+        modules = {name: path for name, _, path in pairs}
+    for name, path in modules.items():
+        if not name or not Path(str(path)).is_dir():
+            raise EngineError(f"lora_modules: {path!r} of the adapter {name!r} is no folder")
+    return {name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(modules.items(), 1)}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

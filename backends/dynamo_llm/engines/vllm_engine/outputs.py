@@ -1,0 +1,60 @@
+"""What vLLM says of a request in a step, in the wire's terms. Pure. `VllmEngine.generate` calls it."""
+
+from collections.abc import Mapping, Sequence
+
+from vllm.logprobs import Logprob
+from vllm.outputs import RequestOutput
+
+from dynamo_llm.engines.async_types import Delta
+from kvstore.wire import FinishReason, TokenLogprob, WireError
+
+_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "abort": "cancelled",
+    "error": "error",
+    "repetition": "stop",
+}
+
+
+def to_delta(output: RequestOutput, logprobs: int | None, prompt_logprobs: int | None) -> Delta:
+    """`logprobs`, `prompt_logprobs`: how many likeliest tokens were asked for, None for none."""
+    completion = output.outputs[0]
+    token_ids = list(completion.token_ids)
+    reason = None if completion.finish_reason is None else _REASONS.get(completion.finish_reason, "error")
+    stats = output.metrics
+    return Delta(
+        token_ids=token_ids,
+        logprobs=None if logprobs is None or not token_ids else _logprobs(token_ids, completion.logprobs, logprobs),
+        finish_reason=reason,
+        cached_tokens=output.num_cached_tokens or 0,
+        # Both of the engine core's clock; the way there is not in it.
+        queue_ms=0.0 if stats is None else max(stats.scheduled_ts - stats.queued_ts, 0.0) * 1e3,
+        prompt_logprobs=_prompt_logprobs(output, prompt_logprobs),
+        kv_transfer_params=output.kv_transfer_params,
+        error=WireError("engine_failure", "vLLM could not go on with the request; its log says why")
+        if reason == "error"
+        else None,
+    )
+
+
+def _logprobs(
+    token_ids: Sequence[int], entries: Sequence[Mapping[int, Logprob]] | None, count: int
+) -> list[TokenLogprob]:
+    return [_entry(token, entry, count) for token, entry in zip(token_ids, entries or (), strict=True)]
+
+
+def _prompt_logprobs(output: RequestOutput, count: int | None) -> list[TokenLogprob | None] | None:
+    if count is None or not output.prompt_logprobs:
+        return None
+    tokens = output.prompt_token_ids or ()
+    return [
+        None if entry is None else _entry(token, entry, count)
+        for token, entry in zip(tokens, output.prompt_logprobs, strict=False)
+    ]
+
+
+def _entry(token: int, entry: Mapping[int, Logprob], count: int) -> TokenLogprob:
+    """vLLM's entry holds the likeliest tokens and, if it is none of them, the token itself; ranks count from 1."""
+    ranked = sorted((one.rank or 0, other, one.logprob) for other, one in entry.items())
+    return TokenLogprob(token, entry[token].logprob, [(other, value) for rank, other, value in ranked if rank <= count])
