@@ -1,10 +1,10 @@
 """Follows the KV events that vLLM and SGLang publish over ZMQ. Their adapters start it; it has a thread of its own.
 
 Batches are numbered. One that is missing is asked for at the replay socket of the engine. Where that cannot give it
-(there is none, or its buffer has gone on), nothing is known for certain any more: everything is forgotten and announced
-as `Cleared`, `on_lost` is told, and blocks are learnt anew as the engine stores them. Who wants the two to agree at once
-empties the engine's prefix cache in `on_lost`; otherwise we believe, until blocks are evicted and stored again, that the
-engine holds less than it does, which costs hits and never correctness.
+(there is none, or its buffer has gone on), nothing is known for certain any more: everything is forgotten and
+announced as `Cleared`, `on_lost` is told, and blocks are learnt anew as the engine stores them. Who wants the two to
+agree at once empties the engine's prefix cache in `on_lost`; otherwise we believe, until blocks are evicted and stored
+again, that the engine holds less than it does, which costs hits and never correctness.
 """
 
 import logging
