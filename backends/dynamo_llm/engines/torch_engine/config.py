@@ -1,13 +1,12 @@
 """Options of the torch engine: read from the worker's `engine_options`, validated here and nowhere else."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.options import read_options
 
 _Count = Annotated[int, Meta(ge=1)]
 
@@ -45,14 +44,7 @@ class TorchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "TorchConfig":
         """Numbers may be text, as command lines give them. Raises `EngineError` naming the nearest known option."""
-        for key in options:
-            if key not in cls.__struct_fields__:
-                near = difflib.get_close_matches(key, cls.__struct_fields__, n=1, cutoff=0)[0]
-                raise EngineError(f"the torch engine has no option {key!r}; did you mean {near!r}?")
-        try:
-            config = msgspec.convert(dict(options), cls, strict=False)
-        except msgspec.ValidationError as error:
-            raise EngineError(f"torch engine options: {error}") from None
+        config = read_options("torch", cls, options)
         if config.max_batch_tokens < config.max_seqs:
             raise EngineError(
                 f"max_batch_tokens ({config.max_batch_tokens}) must be at least max_seqs ({config.max_seqs}): "

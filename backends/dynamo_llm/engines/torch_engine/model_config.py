@@ -1,12 +1,12 @@
 """What the engine needs to know of a model, read from `config.json` and `generation_config.json` in its folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
 from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.model_files import read_eos_token_ids, read_json
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -37,11 +37,11 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Raises `EngineError` for a folder that holds no model, or one that this engine cannot run."""
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     architecture = (raw.get("architectures") or ["none"])[0]
     _refuse_unsupported(raw, architecture)
     try:
-        return _model_config(raw, architecture, _eos_token_ids(folder, raw))
+        return _model_config(raw, architecture, read_eos_token_ids(folder, raw))
     except KeyError as error:
         raise EngineError(f"{folder / 'config.json'} lacks {error}") from None
 
@@ -94,26 +94,3 @@ def _rope_parameters(raw: dict[str, Any]) -> dict[str, Any]:
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise EngineError("the torch engine rotates whole heads only; partial_rotary_factor is not 1")
     return rope
-
-
-def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
-    path = folder / "generation_config.json"
-    generation = _read_json(path) if path.exists() else {}
-    eos = generation.get("eos_token_id")
-    if eos is None:
-        eos = raw.get("eos_token_id")
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise EngineError(f"{path} does not exist: the model must be a Hugging Face folder") from None
-    except (OSError, ValueError) as error:
-        raise EngineError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise EngineError(f"{path} is no JSON object")
-    return value

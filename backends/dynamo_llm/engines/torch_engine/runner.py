@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.model_files import fit_context
 from dynamo_llm.engines.torch_engine.batch import Batch, build_batch
 from dynamo_llm.engines.torch_engine.config import TorchConfig
 from dynamo_llm.engines.torch_engine.model import Model
@@ -43,7 +44,9 @@ class Runner:
         dtype = _dtype(config, self.model_config, self._device)
         weights = load_weights(folder, self.model_config, self._device, dtype)
         self.kv_blocks = config.kv_blocks or _default_blocks(config, self.model_config, self._device, dtype)
-        self.max_context = _max_context(config, self.model_config, self.kv_blocks)
+        self.max_context = fit_context(
+            config.max_context, self.model_config.max_context, self.kv_blocks, config.block_size
+        )
         self._block_size = config.block_size
         self.pool = allocate_pool(self.model_config, self.kv_blocks, config.block_size, self._device, dtype)
         rope = rope_table(self.model_config.rope, self.model_config.head_dim, self.max_context, self._device)
@@ -171,22 +174,3 @@ def _available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise EngineError(f"{meminfo} does not say how much memory is available; set kv_blocks")
-
-
-def _max_context(config: TorchConfig, model: ModelConfig, kv_blocks: int) -> int:
-    if config.max_context is not None and config.max_context > model.max_context:
-        raise EngineError(f"max_context {config.max_context} is more than the model's own {model.max_context}")
-    fits = kv_blocks * config.block_size
-    if config.max_context is not None and config.max_context > fits:
-        raise EngineError(
-            f"max_context {config.max_context} does not fit the {fits} tokens of {kv_blocks} KV blocks; "
-            f"raise kv_blocks to {-(-config.max_context // config.block_size)}"
-        )
-    if config.max_context is None and fits < model.max_context:
-        logger.warning(
-            "the model's context of %d tokens is cut to the %d that fit %d KV blocks; raise kv_blocks for more",
-            model.max_context,
-            fits,
-            kv_blocks,
-        )
-    return min(config.max_context or model.max_context, fits)
