@@ -14,23 +14,23 @@ in an agenda, a heap by the count of steps.
 from bisect import bisect_left, insort
 from heapq import heappop, heappush
 from operator import attrgetter
+from typing import Generic, TypeVar
 
 from dynamo_llm.engines.mock_engine.blocks import BlockPool
 from dynamo_llm.engines.mock_engine.sequence import MockSequence
 from dynamo_llm.engines.mock_engine.timing import Timing
 from kvstore.wire import Load
 
+_S = TypeVar("_S", bound=MockSequence)
 _urgency = attrgetter("urgency")
 
 
-class Run:
+class Run(Generic[_S]):
     """`steps` equal steps. More than one where nothing but decoding happens in them."""
 
     __slots__ = ("chunks", "decoding", "finished", "first", "preempted", "prefill_tokens", "step_ms", "steps")
 
-    def __init__(
-        self, steps: int, step_ms: float, chunks: list[tuple[MockSequence, int]], decoding: int, preempted: int
-    ) -> None:
+    def __init__(self, steps: int, step_ms: float, chunks: list[tuple[_S, int]], decoding: int, preempted: int) -> None:
         self.steps = steps
         """May be lowered, to 1 at least, before the run ends: somebody came who wants to join."""
         self.step_ms = step_ms
@@ -42,24 +42,24 @@ class Run:
         """Sequences that get a token in each step."""
         self.preempted = preempted
         """Sequences that had to give their blocks back before it."""
-        self.first: list[MockSequence] = []
+        self.first: list[_S] = []
         """Set by `end`: their prompt is computed, and they got the token that follows it."""
-        self.finished: list[MockSequence] = []
+        self.finished: list[_S] = []
         """Set by `end`: they got their last token, and hold nothing any more."""
 
 
-class MockScheduler:
+class MockScheduler(Generic[_S]):
     """Holds every sequence of an engine."""
 
     def __init__(self, blocks: BlockPool, timing: Timing, *, max_batch_tokens: int = 8192, max_seqs: int = 256) -> None:
         """`max_batch_tokens` is at least `max_seqs`, or sequences could not all decode in a step."""
         self.blocks, self.timing = blocks, timing
         self.max_batch_tokens, self.max_seqs = max_batch_tokens, max_seqs
-        self.waiting: list[MockSequence] = []
+        self.waiting: list[_S] = []
         """The most urgent last."""
-        self.prefilling: dict[MockSequence, None] = {}
+        self.prefilling: dict[_S, None] = {}
         """In the batch, some of the prompt to be computed; in the order in which they entered."""
-        self.decoding: dict[MockSequence, None] = {}
+        self.decoding: dict[_S, None] = {}
         self.steps = 0
         """Steps that have ended."""
         self.preemptions = 0
@@ -68,21 +68,21 @@ class MockScheduler:
         self._tickets = 0
         self._queued_tokens = 0
         """To be computed, of the sequences in `waiting` and `prefilling`."""
-        self._agenda: list[tuple[int, int, MockSequence]] = []
+        self._agenda: list[tuple[int, int, _S]] = []
         """(count of steps, ticket, sequence); what has another ticket now is void."""
-        self._growing: list[MockSequence] = []
+        self._growing: list[_S] = []
         """Decoding sequences whose next token begins a block."""
 
     # --- between runs, or during one ----------------------------------------------------------------------------------
 
-    def add(self, sequence: MockSequence, priority: int = 0) -> None:
+    def add(self, sequence: _S, priority: int = 0) -> None:
         """Queue a new sequence. The lower its priority, the sooner; equal ones by arrival."""
         self._arrivals += 1
         sequence.urgency = (-priority, -self._arrivals)
         self._wait(sequence)
 
-    def load(self) -> Load:
-        """Without the measured speeds, which are the caller's."""
+    def load(self, prefill_tokens_per_s: float = 0.0, decode_step_ms: float = 0.0) -> Load:
+        """The speeds are the caller's to measure."""
         return Load(
             running=len(self.prefilling) + len(self.decoding),
             waiting=len(self.waiting),
@@ -90,15 +90,17 @@ class MockScheduler:
             kv_blocks_used=self.blocks.used,
             kv_blocks_cached=self.blocks.cached,
             kv_blocks_total=self.blocks.kv_blocks,
+            prefill_tokens_per_s=prefill_tokens_per_s,
+            decode_step_ms=decode_step_ms,
         )
 
-    def length_of(self, sequence: MockSequence) -> int:
+    def length_of(self, sequence: _S) -> int:
         """Its tokens so far, prompt and output."""
         return sequence.offset + self.steps if sequence.ticket >= 0 else sequence.length
 
     # --- between runs -------------------------------------------------------------------------------------------------
 
-    def remove(self, sequence: MockSequence) -> None:
+    def remove(self, sequence: _S) -> None:
         """Forget a sequence that has not ended, and free its blocks."""
         if sequence.ticket >= 0:
             self._stop_decoding(sequence)
@@ -110,14 +112,14 @@ class MockScheduler:
             self._queued_tokens -= sequence.length
         self.blocks.release(sequence)
 
-    def begin(self, most_steps: int | None = None) -> Run | None:
+    def begin(self, most_steps: int | None = None) -> Run[_S] | None:
         """The next run, at most `most_steps` long; None when there is nothing to do."""
         preemptions = self.preemptions
         if self._growing:
             self._grow()
         preempted = self.preemptions - preemptions
         budget = self.max_batch_tokens - len(self.decoding)
-        chunks: list[tuple[MockSequence, int]] = []
+        chunks: list[tuple[_S, int]] = []
         for sequence in self.prefilling:
             budget -= self._chunk(chunks, sequence, budget)
         # After a preemption nobody enters: the victim would come straight back.
@@ -135,7 +137,7 @@ class MockScheduler:
             run.step_ms += self.timing.decode_ms(self.blocks.used / self.blocks.kv_blocks)
         return run
 
-    def end(self, run: Run) -> None:
+    def end(self, run: Run[_S]) -> None:
         """The run's time has passed: all that it computed is there. Fills in `run.first` and `run.finished`."""
         self.steps += run.steps
         agenda = self._agenda
@@ -155,7 +157,7 @@ class MockScheduler:
 
     # --- parts of a run -----------------------------------------------------------------------------------------------
 
-    def _wait(self, sequence: MockSequence) -> None:
+    def _wait(self, sequence: _S) -> None:
         insort(self.waiting, sequence, key=_urgency)
         self._queued_tokens += sequence.length
 
@@ -166,12 +168,12 @@ class MockScheduler:
             while sequence.ticket >= 0 and not self.blocks.extend(sequence):
                 self._preempt(min((*self.prefilling, *self.decoding), key=_urgency))
 
-    def _preempt(self, sequence: MockSequence) -> None:
+    def _preempt(self, sequence: _S) -> None:
         self.preemptions += 1
         self.remove(sequence)
         self._wait(sequence)
 
-    def _admit(self) -> MockSequence | None:
+    def _admit(self) -> _S | None:
         """The most urgent waiting sequence, in the batch now; None when there is none or it does not fit.
 
         Each running sequence keeps a block to grow into, or admissions would be preempted at once.
@@ -190,7 +192,7 @@ class MockScheduler:
         return sequence
 
     @staticmethod
-    def _chunk(chunks: list[tuple[MockSequence, int]], sequence: MockSequence, budget: int) -> int:
+    def _chunk(chunks: list[tuple[_S, int]], sequence: _S, budget: int) -> int:
         """Append as much of the sequence's prompt as the budget allows; returns its tokens."""
         tokens = min(sequence.length - sequence.computed, budget)
         if tokens:
@@ -204,7 +206,7 @@ class MockScheduler:
             heappop(agenda)
         return agenda[0][0] - self.steps
 
-    def _first_token(self, sequence: MockSequence, run: Run) -> None:
+    def _first_token(self, sequence: _S, run: Run[_S]) -> None:
         """The prompt is computed, and with it the token that follows."""
         sequence.length += 1
         run.first.append(sequence)
@@ -216,7 +218,7 @@ class MockScheduler:
         sequence.last_step = sequence.max_length - sequence.offset
         self._make_appointment(sequence, sequence.length - 1)
 
-    def _make_appointment(self, sequence: MockSequence, computed: int) -> None:
+    def _make_appointment(self, sequence: _S, computed: int) -> None:
         """Come back to a decoding sequence when its block is full, or it ends before."""
         size = self.blocks.block_size
         in_block = computed % size
@@ -227,7 +229,7 @@ class MockScheduler:
         due = min(self.steps + size - in_block, sequence.last_step)
         heappush(self._agenda, (due, self._tickets, sequence))
 
-    def _keep_appointment(self, sequence: MockSequence, run: Run) -> None:
+    def _keep_appointment(self, sequence: _S, run: Run[_S]) -> None:
         computed = sequence.offset + self.steps - 1
         self.blocks.commit(sequence, computed)
         if self.steps < sequence.last_step:
@@ -236,11 +238,11 @@ class MockScheduler:
             self._stop_decoding(sequence)
             self._finish(sequence, run)
 
-    def _stop_decoding(self, sequence: MockSequence) -> None:
+    def _stop_decoding(self, sequence: _S) -> None:
         del self.decoding[sequence]
         sequence.length = sequence.offset + self.steps
         sequence.ticket = -1
 
-    def _finish(self, sequence: MockSequence, run: Run) -> None:
+    def _finish(self, sequence: _S, run: Run[_S]) -> None:
         run.finished.append(sequence)
         self.blocks.release(sequence)

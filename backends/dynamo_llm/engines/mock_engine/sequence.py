@@ -1,16 +1,13 @@
 """One request on its way through the mock engine."""
 
-from collections.abc import Callable
-
-Name = Callable[[int, int | None], int]
-"""(index of a whole block, hash of the block before it) -> hash of the block."""
+from abc import ABC, abstractmethod
 
 
-class MockSequence:
+class MockSequence(ABC):
     """What the scheduler needs to know of a request. Plain state, changed by scheduler and block pool only.
 
     It knows no tokens: blocks go by their hashes and the end by its length, so that a trace without tokens can be
-    replayed. What tokens come out is up to a subclass.
+    replayed. A subclass says how blocks are named, and what tokens come out, if any.
     """
 
     __slots__ = (
@@ -22,7 +19,6 @@ class MockSequence:
         "last_step",
         "length",
         "max_length",
-        "name",
         "named",
         "offset",
         "prompt_tokens",
@@ -31,10 +27,10 @@ class MockSequence:
     )
 
     def __init__(
-        self, key: int, length: int, max_length: int, chain: list[int], name: Name, *, prompt_tokens: int | None = None
+        self, key: int, length: int, max_length: int, chain: list[int], *, prompt_tokens: int | None = None
     ) -> None:
         """`length` tokens to begin with; it ends with `max_length`, which is more. `chain`: hashes of the whole blocks
-        among the first `length` tokens. `name` gives those of the blocks that follow."""
+        among the first `length` tokens."""
         self.key = key
         self.length = length
         """Prompt and output so far; while it decodes, `MockScheduler.length_of` knows better."""
@@ -42,7 +38,6 @@ class MockSequence:
         """What follows it is output, of an earlier attempt perhaps."""
         self.max_length = max_length
         self.chain = chain
-        self.name = name
         self.urgency = (0, 0)
         """Sorts the sequences of a scheduler, the most urgent last."""
         self.cached_tokens = -1
@@ -60,6 +55,10 @@ class MockSequence:
         """While it decodes: count of steps at which it will have ended."""
         self.ticket = -1
         """Of its entry in the scheduler's agenda; -1 while it does not decode."""
+
+    @abstractmethod
+    def name(self, index: int, parent: int | None) -> int:
+        """Hash of a whole block that output has filled; `parent` is that of the block before it."""
 
     def chain_to(self, blocks: int) -> list[int]:
         """Its chain, with at least that many blocks, all of them whole."""

@@ -17,18 +17,18 @@ class Ended(Struct, frozen=True, gc=False):
 
     start_ms: float
     end_ms: float
-    run: Run
-    """Every decoding sequence got `run.steps` tokens, one each `run.step_ms`, and each of `run.first` one at the end."""
+    run: Run[MockSequence]
+    """Every decoding sequence got `run.steps` tokens, one each `run.step_ms`; each of `run.first` one at the end."""
 
 
 class SimulatedInstance:
     """One engine."""
 
-    def __init__(self, scheduler: MockScheduler) -> None:
+    def __init__(self, scheduler: MockScheduler[MockSequence]) -> None:
         self.scheduler = scheduler
         self.next_ms = inf
         """When something happens next by itself: `advance` is to be called then. Infinite: it has nothing to do."""
-        self._run: Run | None = None
+        self._run: Run[MockSequence] | None = None
         self._start_ms = 0.0
         self._cancelled: list[MockSequence] = []
 
@@ -60,6 +60,6 @@ class SimulatedInstance:
         run = self._run
         if run is None:
             self.next_ms = min(self.next_ms, now_ms)
-        elif run.steps > 1:
+        elif run.steps > 1 and run.step_ms:
             run.steps = min(run.steps, max(1, ceil((now_ms - self._start_ms) / run.step_ms)))
             self.next_ms = self._start_ms + run.steps * run.step_ms

@@ -19,9 +19,13 @@ class Timing(Struct, frozen=True, kw_only=True):
         """0 for no tokens."""
         if not tokens:
             return 0.0
-        constant, linear, quadratic = self.prefill
-        return constant + (linear + quadratic * tokens) * tokens
+        return _polynomial(self.prefill, tokens)
 
     def decode_ms(self, share: float) -> float:
-        constant, linear, quadratic = self.decode
-        return constant + (linear + quadratic * share) * share
+        return _polynomial(self.decode, share)
+
+
+def _polynomial(coefficients: tuple[float, float, float], x: float) -> float:
+    """No step takes less than no time, whatever the coefficients."""
+    constant, linear, quadratic = coefficients
+    return max(constant + (linear + quadratic * x) * x, 0.0)

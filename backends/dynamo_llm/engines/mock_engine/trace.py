@@ -19,6 +19,15 @@ _OWN = 1 << 63
 """Names from here on are of blocks with output in them, which no other request shares."""
 
 
+class TraceSequence(MockSequence):
+    """One request of a replay, in which `key` tells it from all others."""
+
+    __slots__ = ()
+
+    def name(self, index: int, parent: int | None) -> int:
+        return _OWN + self.key * _OUTPUT_BLOCKS + index
+
+
 class TraceRequest(Struct, frozen=True, gc=False):
     timestamp: Annotated[float, Meta(ge=0)]
     """Arrival, milliseconds."""
@@ -32,16 +41,9 @@ class TraceRequest(Struct, frozen=True, gc=False):
         names = [block * parts + part for block in self.hash_ids for part in range(parts)]
         return names[: self.input_length // block_size]
 
-    def sequence(self, key: int, block_size: int, trace_block_size: int = 512) -> MockSequence:
-        """`key` tells the requests of a replay apart."""
-        own = _OWN + key * _OUTPUT_BLOCKS
-        return MockSequence(
-            key,
-            self.input_length,
-            self.input_length + self.output_length,
-            self.chain(block_size, trace_block_size),
-            lambda index, parent: own + index,
-        )
+    def sequence(self, key: int, block_size: int, trace_block_size: int = 512) -> TraceSequence:
+        end = self.input_length + self.output_length
+        return TraceSequence(key, self.input_length, end, self.chain(block_size, trace_block_size))
 
 
 def read_trace(path: Path, trace_block_size: int = 512) -> Iterator[TraceRequest]:
