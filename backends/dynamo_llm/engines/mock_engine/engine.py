@@ -20,6 +20,8 @@ from kvstore.wire import Load, Output, Started
 
 _SHORTEST_SLEEP_S = 1e-4
 """Less is left to the next step: a thread does not sleep that exactly."""
+_LONGEST_HOLD_S = 2e-4
+"""Without a sleep. Other threads of the process (sessions, Triton's host) would wait for Python's lock, up to 5 ms."""
 
 
 class MockEngine(SteppingEngine[MockRequest]):
@@ -42,6 +44,8 @@ class MockEngine(SteppingEngine[MockRequest]):
         self._closed = threading.Event()
         self._due_s: float | None = None
         """When the step before should have ended; None: the engine was idle since."""
+        self._slept_s = 0.0
+        """When it last let other threads run."""
         super().__init__(config.max_waiting)
 
     # --- what `SteppingEngine` asks ---------------------------------------------------------------------------------
@@ -93,9 +97,15 @@ class MockEngine(SteppingEngine[MockRequest]):
         """Wait until the step is over, or the engine is to close. What one step oversleeps, the next does not wait."""
         late = self._due_s is not None and now_s - self._due_s < max(duration_s, _SHORTEST_SLEEP_S)
         self._due_s = (self._due_s if late and self._due_s is not None else now_s) + duration_s
-        left_s = self._due_s - time.monotonic()
+        time_s = time.monotonic()
+        left_s = self._due_s - time_s
         if left_s > _SHORTEST_SLEEP_S:
             self._closed.wait(left_s)
+        elif time_s - self._slept_s > _LONGEST_HOLD_S:
+            time.sleep(0)
+        else:
+            return
+        self._slept_s = time.monotonic()
 
     def _give(self, run: Run[MockRequest], decoding: list[MockRequest]) -> None:
         """One token for each sequence that decoded, and one where a prompt was completed."""
