@@ -28,6 +28,7 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model.generation_config.eos_token_id = None
         self._greedy: dict[tuple[tuple[int, ...], int], list[int]] = {}
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
@@ -38,15 +39,11 @@ class Reference:
         return self._greedy[key]
 
     def _generate(self, prompt: list[int], tokens: int) -> list[int]:
-        out: list[int] = []
-        step, cache = torch.tensor([prompt]), None
         with torch.inference_mode():
-            for _ in range(tokens):
-                result = self.model(step, past_key_values=cache, use_cache=True)
-                cache = result.past_key_values
-                out.append(int(result.logits[0, -1].argmax()))
-                step = torch.tensor([[out[-1]]])
-        return out
+            ids = torch.tensor([prompt])
+            mask = torch.ones_like(ids)
+            out = self.model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+        return out[0, len(prompt) :].tolist()
 
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
         """Log-probabilities of the token after each position: [tokens, vocab]."""
