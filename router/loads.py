@@ -62,7 +62,7 @@ class WorkerLoad:
             self._awaiting_report.append(rid)
 
     def on_report(self, report: Load, now_s: float) -> None:
-        """A frame or a reply brought the worker's own figures. A report that a newer one has overtaken tells nothing."""
+        """A frame or a reply brought the worker's own figures; one that a newer one has overtaken tells nothing."""
         if self.report is not None and report.steps < self.report.steps:
             return
         self.report = report
