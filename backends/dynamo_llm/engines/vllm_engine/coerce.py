@@ -5,7 +5,9 @@ vLLM's annotations decide what they may be.
 """
 
 import json
+import sys
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,17 +15,20 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 
 @lru_cache
-def _hints(owner: type) -> dict[str, Any]:
-    return get_type_hints(owner, include_extras=True)
-
-
-@lru_cache
 def _adapter(owner: type, name: str) -> "TypeAdapter[Any] | None":
     """None where the annotation is of a kind that only vLLM itself can check."""
     try:
-        return TypeAdapter(_hints(owner)[name])
+        return TypeAdapter(_hint(owner, name))
     except (PydanticSchemaGenerationError, PydanticUserError, KeyError, NameError):
         return None
+
+
+def _hint(owner: type, name: str) -> Any:
+    """One name by itself: vLLM's classes also name types that exist for type checkers only. Raises `KeyError` for a
+    name without an annotation, and `NameError`."""
+    base = next((base for base in owner.__mro__ if name in vars(base).get("__annotations__", {})), owner)
+    single = SimpleNamespace(__annotations__={name: base.__annotations__[name]})
+    return get_type_hints(single, vars(sys.modules[base.__module__]), include_extras=True)[name]
 
 
 def coerce(owner: type, name: str, value: Any) -> Any:
