@@ -2,7 +2,7 @@
 
 import queue
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -56,10 +56,23 @@ class Driver:
         return self.finish(self.submit(tokens, **more))
 
 
-@pytest.fixture(scope="session")
-def driver() -> Iterator[Driver]:
+def _start() -> Driver:
     from dynamo_llm.engines.vllm_engine.engine import VllmEngine
 
-    engine = VllmEngine(MODEL, "demo", dict(OPTIONS))
-    yield Driver(engine)
-    engine.close()
+    return Driver(VllmEngine(MODEL, "demo", dict(OPTIONS)))
+
+
+@pytest.fixture(scope="session")
+def driver() -> Iterator[Driver]:
+    driver = _start()
+    yield driver
+    driver.engine.close()
+
+
+@pytest.fixture
+def make_driver() -> Iterator[Callable[[], Driver]]:
+    """Engines for tests that end them."""
+    made: list[Driver] = []
+    yield lambda: made.append(_start()) or made[-1]  # type: ignore[func-returns-value]
+    for driver in made:
+        driver.engine.close()
