@@ -3,12 +3,23 @@
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from dynamo_llm.public_model import PublicModel, Tensors
 from dynamo_llm.service import Service
 
 
 class HostError(Exception):
     """A Triton server that cannot be started. The message is one line that says why."""
+
+
+def refuse_numpy_2(version: str = np.__version__) -> None:
+    """Triton's python stub dies at the first BYTES tensor where it finds numpy 2. Raises `HostError`."""
+    if int(version.split(".")[0]) >= 2:
+        raise HostError(
+            f"numpy {version} kills Triton's python stub: pip install 'numpy<2', and give an engine that needs numpy 2 "
+            "an environment of its own by the option `python`"
+        )
 
 
 class Host(Protocol):

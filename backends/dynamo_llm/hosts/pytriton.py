@@ -33,7 +33,7 @@ from pytriton.proxy.types import Request
 from pytriton.triton import Triton, TritonConfig, TritonLifecyclePolicy, TritonSecurityConfig
 
 from dynamo_llm import libpython
-from dynamo_llm.hosts.base import HostError, PublicModels
+from dynamo_llm.hosts.base import HostError, PublicModels, refuse_numpy_2
 from dynamo_llm.public_model import INPUTS, OUTPUTS
 from dynamo_llm.service import Service, ServiceError
 from kvstore.wire import CONTROL_SUFFIX, PAYLOAD, SESSION_SUFFIX
@@ -92,6 +92,7 @@ class PyTritonHost:
 
     def start(self) -> None:
         """See `base.Host`. The server dies with the thread that calls this."""
+        refuse_numpy_2()
         try:
             libpython.prepend_to_library_path()
         except libpython.LibpythonError as error:
