@@ -1,12 +1,14 @@
-"""Background tasks of this package: every one has an owner, which stops it by `stop` and learns here if it dies."""
+"""Tasks that have an owner, which stops them by `stop`, and waiting with a limit that loses no cancellation."""
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Coroutine
+from typing import Any, TypeVar
 
 _CANCEL_AGAIN_S = 0.5
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 def spawn(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -16,7 +18,7 @@ def spawn(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return task
 
 
-async def stop(*tasks: asyncio.Task[None] | None) -> None:
+async def stop(*tasks: asyncio.Future[Any] | None) -> None:
     """Cancel tasks and wait until they have ended. A cancellation of the caller goes through.
 
     Cancels again where once was not enough: up to Python 3.11 `asyncio.wait_for`, through which redis-py sends, loses a
@@ -27,6 +29,22 @@ async def stop(*tasks: asyncio.Task[None] | None) -> None:
         for task in running:
             task.cancel()
         _, running = await asyncio.wait(running, timeout=_CANCEL_AGAIN_S)
+
+
+async def within(timeout_s: float, work: Awaitable[_T]) -> _T:
+    """The work's result; raises `asyncio.TimeoutError` and cancels the work when the time is up.
+
+    As `asyncio.wait_for`, except that a cancellation always goes through: that one loses it up to Python 3.11 where the
+    work completes at the same moment, and its caller then goes on as if nobody had left.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=timeout_s)
+        if task.done():
+            return task.result()
+        raise asyncio.TimeoutError
+    finally:
+        await stop(task)
 
 
 def _report(task: asyncio.Task[None]) -> None:

@@ -18,7 +18,7 @@ from kvstore.errors import StoreError
 from kvstore.index.base import Match
 from kvstore.mirror import IndexMirror
 from kvstore.registry import Registry
-from kvstore.tasks import spawn, stop
+from kvstore.tasks import spawn, stop, within
 from kvstore.text import Tokenizer
 from kvstore.watch import Added, Change, Changed, Removed
 from kvstore.wire import SnapshotReply
@@ -100,7 +100,7 @@ class Pool:
 
     async def wait_for_change(self, timeout_s: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            await within(timeout_s, self._changed.wait())
 
     def _pulse(self) -> None:
         """Wake all who wait for a change."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from kvstore.tasks import stop, within
 from router.errors import RouterError
 from router.http.asgi import REQUEST_ID, ClientGone, Message, Scope, Send, send_whole
 from router.http.errors import body_of
@@ -93,7 +94,7 @@ class Exchange:
             status, end = 500, b"data: " + msgspec.json.encode(body_of(error)) + b"\n\n"
         last: Message = {"type": "http.response.body", "body": events.take() + end, "more_body": False}
         try:
-            await asyncio.wait_for(self._send(last), _STALL_TIMEOUT_S)
+            await within(_STALL_TIMEOUT_S, self._send(last))
         except asyncio.TimeoutError:
             self._connection.transport.abort()
         if self._gone:
@@ -120,9 +121,7 @@ class Exchange:
 
     async def _stop(self) -> None:
         """Nothing that was started outlives the request."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await stop(*self._tasks)
 
     def _on_placed(self, placed: Placed) -> None:
         self._placed = placed

@@ -12,6 +12,7 @@ import msgspec
 from starlette.responses import Response as HttpResponse
 from starlette.types import Receive, Scope, Send
 
+from kvstore.tasks import stop, within
 from router.errors import RouterError
 from router.http.asgi import ClientGone
 from router.http.protocol import EXTENSION, Connection
@@ -96,7 +97,7 @@ class _Writer:
         message = {"type": "http.response.body", "body": self._event(response), "more_body": True}
         self._waiting = True
         try:
-            await asyncio.wait_for(self._send(message), STALL_TIMEOUT_S)
+            await within(STALL_TIMEOUT_S, self._send(message))
         except asyncio.TimeoutError:
             if self._connection is not None:
                 self._connection.transport.abort()
@@ -129,9 +130,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _
             raise ClientGone
         return task.result()
     finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await stop(task, gone)
 
 
 async def _disconnected(receive: Receive) -> None:

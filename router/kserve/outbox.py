@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+from kvstore.tasks import stop, within
 from router.errors import DeadlineExceeded, RouterError, Unavailable
 from router.kserve.request import Job
 from router.kserve.response import Responder, Response, result_parameters
@@ -107,9 +108,7 @@ class Outbox:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await stop(*self._tasks.values())
 
     def start(self, request_id: str, prepare: Prepare) -> Run:
         """Begin to serve a request."""
@@ -191,6 +190,6 @@ async def generate(
     if job.timeout_s is None:
         return await answer
     try:
-        return await asyncio.wait_for(answer, job.timeout_s)
+        return await within(job.timeout_s, answer)
     except asyncio.TimeoutError:
         raise DeadlineExceeded(f"the request's own time limit of {job.timeout_s:g} s passed") from None
