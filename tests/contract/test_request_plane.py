@@ -341,7 +341,10 @@ async def test_drain(rig: Any, eventually: Eventually) -> None:
 async def test_a_dead_engine_is_told_once_to_each(
     rig: Any, worker: InstanceCard, connection: WorkerConnection, eventually: Eventually
 ) -> None:
-    """Every request in flight has one ending; one of the router's own `generate` goes on elsewhere, token for token."""
+    """Every request in flight has one ending; one of the router's own `generate` goes on elsewhere, token for token.
+
+    The instance comes back with another engine under a later epoch, and the router's connection finds it.
+    """
     card, _ = await rig.expendable()
     fleet = Fleet()
     doomed = await rig.connect(card, "doomed", fleet.on_change)
@@ -357,6 +360,12 @@ async def test_a_dead_engine_is_told_once_to_each(
     assert result.token_ids == list(range(1001, 1301))
     assert result.token_ids == [token for delta in deltas for token in delta.token_ids]
     assert (result.placed.instance, result.placed.reason) == (worker.instance, "migration")
-    assert not doomed.ready
     assert [len(inbox.endings) for inbox in inboxes] == [1] * len(inboxes)
     assert {output.error.code for inbox in inboxes for output in inbox.outputs if output.error} <= {"engine_failure"}
+
+    await eventually(lambda: doomed.ready)  # another engine has followed, on the same server
+    again = submit(doomed, 10, 5)[1]
+    await eventually(lambda: again.endings)
+    assert [token for output in again.outputs for token in output.token_ids] == [11, 12, 13, 14, 15]
+    now = {other.instance: other.epoch for other in await rig.registry.instances()}
+    assert now[card.instance] > card.epoch
