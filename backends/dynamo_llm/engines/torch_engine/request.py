@@ -1,11 +1,11 @@
 """Turns an `EngineRequest` into a `Sequence`, or refuses it at once with the reason."""
 
 import secrets
-from collections.abc import Iterable
 
 import numpy as np
 
 from dynamo_llm.engines.base import EngineInfo, EngineRequest, RequestError
+from dynamo_llm.engines.checks import check_request
 from dynamo_llm.engines.torch_engine.sequence import Sequence
 from kvstore.wire import SamplingParams
 
@@ -15,6 +15,7 @@ _MAX_BIAS = 10_000
 
 def make_sequence(request: EngineRequest, info: EngineInfo, submitted_s: float) -> Sequence:
     """Raises `RequestError` for what can never be served."""
+    check_request(request, info)
     sampling = request.sampling
     if request.lora:
         raise RequestError(
@@ -29,12 +30,10 @@ def make_sequence(request: EngineRequest, info: EngineInfo, submitted_s: float) 
             "invalid_request",
             f"unknown sampling option {next(iter(sampling.extra))!r}; this engine has none of its own",
         )
-    _check_ids("logit_bias", sampling.logit_bias, info)
-    _check_ids("stop_token_ids", sampling.stop_token_ids, info)
     # Not `any(... > ...)`: a NaN is no number within the bounds either.
     if not all(abs(bias) <= _MAX_BIAS for bias in sampling.logit_bias.values()):
         raise RequestError("invalid_request", f"logit_bias must be finite numbers from -{_MAX_BIAS} to {_MAX_BIAS}")
-    tokens = _prompt(request.token_ids, info)
+    tokens = np.frombuffer(request.token_ids, dtype="<u4").tolist()
     prompt_tokens = len(tokens) - request.generated
     return Sequence(
         request.key,
@@ -50,27 +49,5 @@ def make_sequence(request: EngineRequest, info: EngineInfo, submitted_s: float) 
     )
 
 
-def _prompt(token_ids: bytes, info: EngineInfo) -> list[int]:
-    if not token_ids or len(token_ids) % 4:
-        raise RequestError("invalid_request", "token_ids must be one or more little-endian uint32")
-    tokens = np.frombuffer(token_ids, dtype="<u4")
-    if int(tokens.max()) >= info.vocab_size:
-        raise RequestError(
-            "invalid_request", f"token id {int(tokens.max())} is outside the vocabulary of {info.vocab_size}"
-        )
-    if len(tokens) >= info.max_context:
-        message = f"the prompt has {len(tokens)} tokens; with the answer at most {info.max_context} fit"
-        raise RequestError("context_length_exceeded", message)
-    return tokens.tolist()
-
-
 def _stop_ids(sampling: SamplingParams, info: EngineInfo) -> set[int]:
     return {*sampling.stop_token_ids, *(() if sampling.ignore_eos else info.eos_token_ids)}
-
-
-def _check_ids(field: str, ids: Iterable[int], info: EngineInfo) -> None:
-    for token in ids:
-        if not 0 <= token < info.vocab_size:
-            raise RequestError(
-                "invalid_request", f"{field} names token {token}, outside the vocabulary of {info.vocab_size}"
-            )
