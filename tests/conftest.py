@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from kvstore.connect import connect
 from kvstore.embedded import EmbeddedRedis
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `up_process`: there are no packages under tests
+sys.path.insert(0, str(Path(__file__).parent))  # for their modules: there are no packages under tests
 
 
 @pytest.fixture(scope="session")

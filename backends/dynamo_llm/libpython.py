@@ -12,6 +12,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 _VARIABLE = "LD_LIBRARY_PATH"
+_BEFORE = "DYNAMO_LLM_LD_LIBRARY_PATH"
+"""Keeps what the variable was, for children that are no Triton."""
 
 
 class LibpythonError(RuntimeError):
@@ -52,5 +54,15 @@ def find(folders: list[Path]) -> Path:
 def prepend_to_library_path(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let the children of this process find the interpreter's own library first. Raises `LibpythonError`."""
     folder = str(find(candidates()))
+    environment.setdefault(_BEFORE, environment.get(_VARIABLE, ""))
     rest = [entry for entry in environment.get(_VARIABLE, "").split(":") if entry and entry != folder]
     environment[_VARIABLE] = ":".join([folder, *rest])
+
+
+def restore_library_path(environment: MutableMapping[str, str]) -> None:
+    """Take back what was prepended, for a child that runs another interpreter: ours must not be found first there."""
+    before = environment.pop(_BEFORE, None)
+    if before:
+        environment[_VARIABLE] = before
+    elif before is not None:
+        environment.pop(_VARIABLE, None)

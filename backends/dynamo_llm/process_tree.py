@@ -20,25 +20,37 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MARK_VARIABLE = "DYNAMO_LLM_PROCESS"
-"""Holds `RUN/CHILD/START`; a mark is a whole value or a prefix of it that ends in a slash."""
+"""Holds `RUN/CHILD/START`, and what a child starts may add to it: a mark stands for all values below it, too."""
 _SHM = "/dev/shm/"
 _ALL_WELL = b"done"
 _KILL_ROUNDS = 50
 
 
-def members(mark: str) -> list[int]:
-    """Pids of the living processes (zombies are not) that carry `mark`, this one excepted."""
+def members(mark: str, group: int = 0) -> list[int]:
+    """Pids of the living processes (zombies are not) that carry `mark` or are of the process group, this one excepted.
+
+    A process that writes a title of its own over its environment is only to be found by its group.
+    """
+    return [pid for pid in _pids() if _carries(pid, mark) or (group and _group_of(pid) == group)]
+
+
+def _carries(pid: int, mark: str) -> bool:
     needle = f"\0{MARK_VARIABLE}={mark}".encode()
-    found = []
-    for pid in _pids():
-        try:
-            environ = b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
-        except OSError:  # gone in the meantime, or another user's
-            continue
-        at = environ.find(needle)
-        if at >= 0 and (mark.endswith("/") or environ[at + len(needle) : at + len(needle) + 1] in (b"\0", b"")):
-            found.append(pid)
-    return found
+    try:
+        environ = b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # gone in the meantime, or another user's
+        return False
+    at = environ.find(needle)
+    return at >= 0 and (mark.endswith("/") or environ[at + len(needle) : at + len(needle) + 1] in (b"\0", b"", b"/"))
+
+
+def _group_of(pid: int) -> int:
+    """0 for a zombie."""
+    try:
+        state, _, group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(group)
 
 
 def shm_regions(pids: Iterable[int]) -> set[str]:
@@ -53,19 +65,19 @@ def shm_regions(pids: Iterable[int]) -> set[str]:
     return regions
 
 
-def reap(mark: str, regions: Iterable[str] = (), grace_s: float = 0.0) -> list[int]:
-    """Kill all processes that carry `mark` and unlink their shared memory; returns the pids that were killed.
+def reap(mark: str, regions: Iterable[str] = (), grace_s: float = 0.0, group: int = 0) -> list[int]:
+    """Kill all `members` and unlink their shared memory; returns the pids that were killed.
 
     They have `grace_s` to end by themselves first. `regions` are further paths in /dev/shm that belonged to them. What
     any other process maps stays: a client's region that was registered with a Triton server is the client's. Blocks.
     """
     deadline_s = time.monotonic() + grace_s
-    while time.monotonic() < deadline_s and members(mark):
+    while time.monotonic() < deadline_s and members(mark, group):
         time.sleep(0.05)
     killed: set[int] = set()
     owned = set(regions)
     for _ in range(_KILL_ROUNDS):  # until nobody is left, as one may fork while we look
-        pids = members(mark)
+        pids = members(mark, group)
         if not pids:
             break
         owned |= shm_regions(pids)
@@ -90,11 +102,11 @@ def _pids() -> list[int]:
 class Guard:
     """The supervisor's hold on its guard process: `release()` at an orderly end, nothing at a sudden one."""
 
-    def __init__(self, mark: str, scratch: str) -> None:
-        """`mark`: whom to kill; `scratch`: a folder to delete. The guard must not carry the mark itself."""
+    def __init__(self, mark: str, scratch: str, group: int = 0) -> None:
+        """`mark`, `group`: whom to kill; `scratch`: a folder to delete, if any. The guard itself has no mark."""
         environment = {name: value for name, value in os.environ.items() if name != MARK_VARIABLE}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, mark, scratch],
+            [sys.executable, "-I", "-S", __file__, mark, scratch, str(group)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -112,13 +124,14 @@ class Guard:
             self._process.communicate(_ALL_WELL, timeout=10)
 
 
-def _stand_guard(mark: str, scratch: str) -> None:
+def _stand_guard(mark: str, scratch: str, group: int) -> None:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     if sys.stdin.buffer.read() != _ALL_WELL:
-        reap(mark)
-        shutil.rmtree(scratch, ignore_errors=True)
+        reap(mark, group=group)
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    _stand_guard(sys.argv[1], sys.argv[2])
+    _stand_guard(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -4,18 +4,29 @@ import difflib
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynamo_llm.engines.base import Engine, EngineError
 
+
+class _Kind(NamedTuple):
+    """Where an engine is found."""
+
+    module: str
+    factory: str
+    package: str
+    """What it imports of others; empty: nothing."""
+    extra: str
+    """Installs that."""
+
+
 _ENGINES = {
-    "torch": ("dynamo_llm.engines.torch_engine.engine", "TorchEngine", "worker"),
-    "mock": ("dynamo_llm.engines.mock_engine.engine", "MockEngine", "worker"),
-    "vllm": ("dynamo_llm.engines.vllm_engine.engine", "VllmEngine", "vllm"),
-    "sglang": ("dynamo_llm.engines.sglang_engine.engine", "SglangEngine", "sglang"),
-    "trtllm": ("dynamo_llm.engines.trtllm_engine.engine", "TrtllmEngine", "trtllm"),
+    "torch": _Kind("dynamo_llm.engines.torch_engine.engine", "TorchEngine", "torch", "worker"),
+    "mock": _Kind("dynamo_llm.engines.mock_engine.engine", "MockEngine", "", ""),
+    "vllm": _Kind("dynamo_llm.engines.vllm_engine.engine", "VllmEngine", "vllm", "vllm"),
+    "sglang": _Kind("dynamo_llm.engines.sglang_engine.engine", "SglangEngine", "sglang", "sglang"),
+    "trtllm": _Kind("dynamo_llm.engines.trtllm_engine.engine", "TrtllmEngine", "tensorrt_llm", "trtllm"),
 }
-"""Name: module, class, and the extra that installs what the module imports."""
 
 
 def check_engine(name: str) -> None:
@@ -25,20 +36,37 @@ def check_engine(name: str) -> None:
         raise EngineError(f"there is no engine {name!r}; did you mean {near!r}?")
 
 
-def create_engine(name: str, model_path: str | Path, model_name: str, options: Mapping[str, Any]) -> Engine:
+def create_engine(
+    name: str, model_path: str | Path, model_name: str, options: Mapping[str, Any], python: str = ""
+) -> Engine:
     """Load a model into an engine; seconds to minutes. `start` it afterwards.
 
-    Raises `EngineError` for an unknown engine or option, a package that is not installed, and a model that it cannot
-    run.
+    `python`: an interpreter, in whose environment the engine lives in a process of its own; empty: here. Raises
+    `EngineError` for an unknown engine or option, a package that is not installed, and a model that it cannot run.
     """
     check_engine(name)
-    module, factory, extra = _ENGINES[name]
+    kind = _ENGINES[name]
+    if python:
+        return _create_isolated(name, kind, Path(model_path), model_name, dict(options), python)
     try:
-        make = getattr(import_module(module), factory)
+        make = getattr(import_module(kind.module), kind.factory)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("dynamo_llm"):
             raise
-        message = f"the {name} engine needs the package {error.name}: pip install 'dynamo-llm[{extra}]'"
-        raise EngineError(message) from None
+        raise EngineError(_how_to_install(name, kind, error.name or kind.package)) from None
     engine: Engine = make(Path(model_path), model_name, dict(options))
     return engine
+
+
+def _create_isolated(name: str, kind: _Kind, folder: Path, model: str, options: dict[str, Any], python: str) -> Engine:
+    from dynamo_llm.engines.isolated.engine import IsolatedEngine
+    from dynamo_llm.engines.isolated.interpreter import check_interpreter
+
+    return IsolatedEngine(name, folder, model, options, check_interpreter(python, kind.extra, kind.package))
+
+
+def _how_to_install(name: str, kind: _Kind, missing: str) -> str:
+    """One line. The worker's own packages go here; an engine of others into an environment of its own."""
+    install = f"pip install 'dynamo-llm[{kind.extra}]'"
+    where = "" if kind.extra == "worker" else " in an environment of its own, and name that by python=DIR/bin/python"
+    return f"the {name} engine needs the package {missing}: {install}{where}"
