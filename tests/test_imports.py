@@ -26,6 +26,8 @@ PLACES = {
     "safetensors": ["backends/dynamo_llm/engines/*"],
     "transformers": [],
     "vllm": ["backends/dynamo_llm/engines/vllm_engine/*"],
+    "sglang": ["backends/dynamo_llm/engines/sglang_engine/*"],
+    "zmq": ["backends/dynamo_llm/engines/kv_events/*"],
     "nixl": [],
     "starlette": ["router/*"],
     "uvicorn": ["router/*"],

@@ -182,11 +182,11 @@ class AsyncEngine:
             if self._thread is not threading.current_thread():
                 self._thread.join(CLOSE_TIMEOUT_S + 2 * _CANCEL_TIMEOUT_S)
             return
-        ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         if self._thread is threading.current_thread():
             return  # `_end` follows on this very loop, and stops it
         self._thread.join(CLOSE_TIMEOUT_S + 2 * _CANCEL_TIMEOUT_S)
-        if not ending.done():
+        if self._thread.is_alive():
             logger.warning("the engine did not stop in time and is left behind")
 
     # --- on the loop --------------------------------------------------------------------------------------------------
@@ -249,12 +249,13 @@ class AsyncEngine:
             live.task.cancel()
 
     def _emit(self, live: _Live, delta: Delta) -> None:
-        if live.ended or not (delta.token_ids or delta.finish_reason):
+        brings_tokens = bool(delta.token_ids or delta.finish_reason)
+        if live.ended or not (brings_tokens or delta.kv_transfer_params):
             return
         output = Output(live.request.key, delta.token_ids, delta.finish_reason, delta.logprobs)
         output.kv_transfer_params, output.error = delta.kv_transfer_params, delta.error
         new_tokens = len(delta.token_ids)
-        if not live.started and delta.error is None:
+        if brings_tokens and not live.started and delta.error is None:
             output.started = Started(delta.cached_tokens, delta.queue_ms, delta.prompt_logprobs)
             self._prefill_tokens += max(live.tokens - delta.cached_tokens, 0)
             self._earliest_s = min(self._earliest_s, live.submitted_s)

@@ -15,7 +15,8 @@ from kvstore.wire import FinishReason, TokenLogprob, WireError
 
 
 class Delta(Struct, frozen=True, kw_only=True):
-    """What a request got since its last delta. The first one carries what `Started` needs."""
+    """What a request got since its last delta. The first with a token carries what `Started` needs; one may come before
+    it with nothing but `kv_transfer_params`, where another engine has to know them to begin."""
 
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None

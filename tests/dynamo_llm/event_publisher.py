@@ -32,7 +32,16 @@ def batch(*events: Any) -> bytes:
 class Publisher:
     """A PUB socket, and a ROUTER that answers for the newest `buffer` batches where `replay` says so."""
 
-    def __init__(self, *, replay: bool = True, buffer: int = 1000, topic: str = "", with_topic: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        replay: bool = True,
+        buffer: int = 1000,
+        topic: str = "",
+        with_topic: bool = True,
+        endpoints: tuple[str, str] = ("", ""),
+    ) -> None:
+        """`endpoints`: where to bind PUB and ROUTER; otherwise free ports of this machine."""
         self.context = zmq.Context()
         self.asked: list[int] = []
         """Numbers from which on a replay was asked for."""
@@ -45,14 +54,14 @@ class Publisher:
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer)
         self._next = 0
         self._pub = self.context.socket(zmq.XPUB)  # a PUB that sees subscriptions
-        self.endpoint = f"tcp://127.0.0.1:{self._pub.bind_to_random_port('tcp://127.0.0.1')}"
+        self.endpoint = _bind(self._pub, endpoints[0])
         self.replay_endpoint: str | None = None
         self._stop = self.context.socket(zmq.PAIR)
         self._stop.bind("inproc://stop")
         self._thread: threading.Thread | None = None
         if replay:
             router = self.context.socket(zmq.ROUTER)
-            self.replay_endpoint = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
+            self.replay_endpoint = _bind(router, endpoints[1])
             self._thread = threading.Thread(target=self._serve, args=(router,), daemon=True)
             self._thread.start()
 
@@ -103,3 +112,10 @@ class Publisher:
             self.skip = set()
             if not self.mute:
                 router.send_multipart([client, b"", *topic, END, b""])
+
+
+def _bind(socket: "zmq.Socket[bytes]", endpoint: str) -> str:
+    if endpoint:
+        socket.bind(endpoint)
+        return endpoint
+    return f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}"
