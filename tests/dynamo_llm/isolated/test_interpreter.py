@@ -37,7 +37,7 @@ def test_what_is_no_interpreter_is_refused(tmp_path):
 
 def test_a_folder_names_the_interpreter_in_it():
     """Whoever names the environment learns what to name."""
-    with pytest.raises(EngineError, match="bin/python$"):
+    with pytest.raises(EngineError, match=r"bin/python$"):
         find_interpreter(sys.prefix)
 
 

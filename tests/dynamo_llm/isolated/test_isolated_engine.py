@@ -99,7 +99,8 @@ def test_garbage_fails_each_request_once_and_ends_the_process(fake):
 
 def test_half_a_message_is_told_by_how_the_process_ended(fake):
     """And by its last line."""
-    code = "ready(); channel.receive(decode_order); end.sendall(b'dyn\\1\\xff\\0\\0\\0abc'); print('out of luck'); sys.exit(7)"
+    half = r"end.sendall(b'dyn\1\xff\0\0\0abc')"
+    code = f"ready(); channel.receive(decode_order); {half}; print('out of luck'); sys.exit(7)"
     driver = Driver(fake(code))
     driver.submit(1, [5, 6], LONG)
     assert_all_failed(driver, [1], "ended with exit code 7; its last line: out of luck")
