@@ -98,6 +98,12 @@ def test_an_unknown_engine(refused: Refused) -> None:
     assert line == "dynamo-llm: there is no engine 'tochr'; did you mean 'torch'?"
 
 
+def test_an_interpreter_that_is_not_there(refused: Refused) -> None:
+    """Told before anything runs, with what to name instead."""
+    line = refused("--model", str(DEMO), "--python", "/no/such/python")
+    assert line.startswith("dynamo-llm: python /no/such/python does not exist: name the engine's interpreter")
+
+
 def test_an_engine_option_without_a_value(refused: Refused) -> None:
     """The form is said."""
     assert "KEY=VALUE" in refused("--model", DEMO, *FREE, "--engine-option", "threads")

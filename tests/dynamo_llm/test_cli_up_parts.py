@@ -156,12 +156,20 @@ def test_lines_of_the_parts_are_shown_after_their_name(start: Start, verbose: bo
     assert ("router | INFO chatter" in lines) is verbose
 
 
+def test_workers_get_the_engines_interpreter() -> None:
+    """Where one is named, and no flag where none is."""
+    argv = _plan(python="/env/bin/python").worker(1).argv
+    assert argv[argv.index("--python") + 1] == "/env/bin/python"
+    assert "--python" not in _plan().worker(1).argv
+
+
 def _plan(**more: object) -> Plan:
     values = {
         "model_path": "/models/m",
         "model_name": "m",
         "engine": "torch",
         "engine_options": {},
+        "python": "",
         "mode": "agg",
         "workers": 2,
         "host": "127.0.0.1",

@@ -10,6 +10,7 @@ from typing import Any
 from dynamo_llm.cli.errors import StartError
 from dynamo_llm.engines import check_engine
 from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.isolated.interpreter import find_interpreter
 from kvstore.connect import connect
 from kvstore.embedded import find_server
 from kvstore.errors import StoreError
@@ -63,13 +64,16 @@ async def check_redis(url: str) -> None:
         raise StartError(str(error)) from None
 
 
-def check_engine_packages(engine: str) -> None:
-    """The engine's name, and the packages of the extra `worker`, which are not imported here: that takes seconds."""
+def check_engine_packages(engine: str, python: str = "") -> None:
+    """The engine's name and interpreter, and the packages of the extra `worker`, which are not imported here: that
+    takes seconds."""
     try:
         check_engine(engine)
+        if python:
+            find_interpreter(python)
     except EngineError as error:
         raise StartError(str(error)) from None
-    wanted = ["pytriton", *(["torch"] if engine == "torch" else [])]
+    wanted = ["pytriton", *(["torch"] if engine == "torch" and not python else [])]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise StartError(f"a worker needs {' and '.join(missing)}: pip install 'dynamo-llm[worker]'")

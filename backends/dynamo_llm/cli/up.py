@@ -67,6 +67,7 @@ class Plan:
     model_name: str
     engine: str
     engine_options: dict[str, Any]
+    python: str
     mode: str
     workers: int
     host: str
@@ -93,6 +94,7 @@ class Plan:
         argv = ["worker", "--model", self.model_path, "--name", self.model_name, "--engine", self.engine]
         for key, value in {**self._share(), **self.engine_options}.items():
             argv += ["--engine-option", f"{key}={json.dumps(value)}"]
+        argv += ["--python", self.python] if self.python else []
         argv += ["--drain-timeout", f"{self.drain_timeout_s:g}"]
         return self._child(f"worker-{number}", argv, _gpu_of(number))
 
@@ -132,6 +134,14 @@ def up(
         list[str] | None,
         typer.Option(help="Option of the engine, its value in JSON; repeatable.", metavar="KEY=VALUE"),
     ] = None,
+    python: Annotated[
+        str,
+        typer.Option(
+            help="Interpreter of the environment that the engines live in, each in a process of its own.",
+            metavar="PATH",
+            show_default="the workers' own processes",
+        ),
+    ] = "",
     workers: Annotated[int, typer.Option(min=1, help="Workers to run.", rich_help_panel="Cluster")] = 1,
     mode: Annotated[
         Mode, typer.Option(help="Round robin, or where the prefix is cached.", rich_help_panel="Cluster")
@@ -182,13 +192,13 @@ def up(
         folder, name = resolve_model(model, name)
     except ConfigError as error:
         raise StartError(str(error)) from None
-    checks.check_engine_packages(engine)
+    checks.check_engine_packages(engine, python)
     http_port, grpc_port = checks.check_ports(host, {"--http-port": http_port, "--grpc-port": grpc_port})
     if not redis:
         checks.check_embedded_redis()
     plan = Plan(
-        str(folder), name, engine, options, mode.value, workers, host, http_port, grpc_port, redis, "", namespace,
-        drain_timeout, start_timeout, verbose,
+        str(folder), name, engine, options, python, mode.value, workers, host, http_port, grpc_port, redis, "",
+        namespace, drain_timeout, start_timeout, verbose,
     )  # fmt: skip
     try:
         code = asyncio.run(_run(plan, Progress(verbose=verbose)))

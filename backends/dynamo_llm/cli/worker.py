@@ -197,7 +197,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _run(config: WorkerConfig) -> int:
-    check_engine_packages(config.engine)
+    check_engine_packages(config.engine, config.python)
     from dynamo_llm.worker import run  # torch and Triton come with it: only once all else is well
 
     return run(config)
