@@ -152,7 +152,7 @@ def test_cancel_takes_effect_after_the_step() -> None:
         simulated.submit(item, 0.0)
     simulated.advance()
     simulated.advance()
-    for item in items:
+    for item in (*items, *items):
         simulated.cancel(item, simulated.next_ms)
     ended = simulated.advance()
     assert ended is not None
@@ -169,6 +169,13 @@ def test_instant_steps_come_to_an_end() -> None:
     drive([simulated], [(1.0, 0, sequence(key, 4, 9)) for key in range(3)], lambda _, end: ended.append(end))
     assert sorted(item.key for end in ended for item in end.run.finished) == [0, 1, 2]
     assert {end.end_ms for end in ended} == {1.0}
+
+
+def test_trace_blocks_that_do_not_fit_are_refused() -> None:
+    """Other names would stand for other prefixes."""
+    request = TraceRequest(timestamp=0, input_length=512, output_length=1, hash_ids=(1,))
+    with pytest.raises(ValueError, match="blocks of 48 tokens do not divide"):
+        request.chain(48)
 
 
 def test_trace_blocks_are_split() -> None:

@@ -38,8 +38,11 @@ class SimulatedInstance:
         self._interrupt(now_ms)
 
     def cancel(self, sequence: MockSequence, now_ms: float) -> None:
-        """Forget a sequence that has not ended when the step that is on ends, as a real engine does."""
-        self._cancelled.append(sequence)
+        """Forget a sequence that has not ended when the step that is on ends, as a real engine does.
+
+        Once more changes nothing."""
+        if sequence not in self._cancelled:
+            self._cancelled.append(sequence)
         self._interrupt(now_ms)
 
     def advance(self) -> Ended | None:

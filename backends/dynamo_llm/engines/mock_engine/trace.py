@@ -36,7 +36,9 @@ class TraceRequest(Struct, frozen=True, gc=False):
     hash_ids: tuple[Annotated[int, Meta(ge=0, lt=1 << 48)], ...]
 
     def chain(self, block_size: int, trace_block_size: int = 512) -> list[int]:
-        """Names of the whole blocks of `block_size`, a divisor of `trace_block_size`, in its input."""
+        """Names of the whole blocks of `block_size` in its input. Raises `ValueError` where they do not fit the trace."""
+        if trace_block_size % block_size:
+            raise ValueError(f"blocks of {block_size} tokens do not divide the trace's blocks of {trace_block_size}")
         parts = trace_block_size // block_size
         names = [block * parts + part for block in self.hash_ids for part in range(parts)]
         return names[: self.input_length // block_size]
