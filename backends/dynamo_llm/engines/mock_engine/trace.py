@@ -36,7 +36,7 @@ class TraceRequest(Struct, frozen=True, gc=False):
     hash_ids: tuple[Annotated[int, Meta(ge=0, lt=1 << 48)], ...]
 
     def chain(self, block_size: int, trace_block_size: int = 512) -> list[int]:
-        """Names of the whole blocks of `block_size` in its input. Raises `ValueError` where they do not fit the trace."""
+        """Names of the whole blocks of `block_size` in its input. Raises `ValueError` for one that does not fit."""
         if trace_block_size % block_size:
             raise ValueError(f"blocks of {block_size} tokens do not divide the trace's blocks of {trace_block_size}")
         parts = trace_block_size // block_size
