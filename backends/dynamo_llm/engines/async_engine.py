@@ -1,4 +1,4 @@
-"""What the engines that live on asyncio share (vLLM, SGLang, TensorRT-LLM): the thread with the loop, one task per
+"""What the engines that live on asyncio share (vLLM, SGLang): the thread with the loop, one task per
 request, one `StepResult` for all that a turn of the loop brought, cancelling, death, load figures and a bounded end.
 
 A subclass makes its engine in its constructor (with `call`, where that must happen on the loop), sets `info`, and
