@@ -19,6 +19,16 @@ _Seconds = Annotated[float, Meta(gt=0)]
 _MODEL_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
+_OPTIONS = {
+    "model": "model_path",
+    "name": "model_name",
+    "redis": "redis_url",
+    "lease_ttl": "lease_ttl_s",
+    "drain_timeout": "drain_timeout_s",
+}
+"""What the command line calls otherwise than `WorkerConfig`; a file may use both."""
+
+
 class ConfigError(ValueError):
     """A worker cannot be started like this. The message is one line that says what to change."""
 
@@ -66,19 +76,26 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Largest control batch."""
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "WorkerConfig":
-        """Raises `ConfigError` for a wrong value, and for an unknown key with the nearest known one."""
+    def from_dict(cls, values: Mapping[str, Any], *, strict: bool = True) -> "WorkerConfig":
+        """Raises `ConfigError` for a wrong value, and for an unknown key with the nearest known one.
+
+        Not `strict`: numbers may be strings."""
         for key in values:
             if key not in cls.__struct_fields__:
                 near = difflib.get_close_matches(key, cls.__struct_fields__, n=1)
                 raise ConfigError(f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         try:
-            config = msgspec.convert(dict(values), cls)
+            config = msgspec.convert(dict(values), cls, strict=strict)
         except msgspec.ValidationError as error:
             raise ConfigError(f"worker options: {error}") from None
         if ":" in config.host:
             raise ConfigError(f"host {config.host!r} cannot be bound: a worker listens on IPv4 only, like 0.0.0.0")
         return config
+
+
+def by_field(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's options by the names of `WorkerConfig`'s fields."""
+    return {_OPTIONS.get(key, key): value for key, value in values.items()}
 
 
 def resolve_model(path: str, name: str = "") -> tuple[Path, str]:

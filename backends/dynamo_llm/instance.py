@@ -231,6 +231,7 @@ class Instance:
         service = Service(
             engine, instance=self.id, epoch=self._epoch, events=events, metrics=self.metrics, limits=limits
         )
+        self.metrics.block_size = engine.info.block_size
         self.metrics.load = service.load
         self.metrics.sessions = lambda: service.sessions
         service.on_change = lambda: tell(loop, self._changed)

@@ -6,11 +6,11 @@ The service counts in plain attributes, once per step and under its lock; famili
 import json
 import threading
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -24,12 +24,27 @@ _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
 _TOKEN_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
 
 
+_MOST_FINISHED = 4096
+
+
 class Timed(Protocol):
     """What `Metrics.output` needs to know of a request in flight (`service.InFlight`)."""
 
     prompt_tokens: int
+    generated_tokens: int
     received_s: float
+    first_s: float
     last_s: float
+
+
+class FinishedRequest(NamedTuple):
+    """The figures of one request that has ended. `token_s` is the mean between two tokens."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    ttft_s: float
+    token_s: float
+    e2e_s: float
 
 
 class Histogram:
@@ -72,6 +87,8 @@ class Metrics(Collector):
         self.computed_tokens = 0
         self.generated_tokens = 0
         self.frames = 0
+        self.block_size = 0
+        self._finished: deque[FinishedRequest] | None = None
         self.load: Callable[[], Load] = Load
         """The figures below are read when somebody scrapes; the worker sets them."""
         self.sessions: Callable[[], int] = lambda: 0
@@ -86,22 +103,34 @@ class Metrics(Collector):
     def finished(self, reason: str) -> None:
         self.finish_reasons[reason] += 1
 
+    def keep_finished(self) -> None:
+        """From now on `take_finished` has something to tell: the requests that ended last, a few thousand at most."""
+        self._finished = deque(maxlen=_MOST_FINISHED)
+
+    def take_finished(self) -> Iterator[FinishedRequest]:
+        while self._finished:
+            yield self._finished.popleft()
+
     def output(self, output: Output, request: Timed, now_s: float) -> None:
-        """What one request got in a step. Brings `request.last_s` forward."""
+        """What one request got in a step. Brings what is counted in `request` forward."""
         if output.started is not None:
             self.prompt_tokens += request.prompt_tokens
             self.cached_tokens += output.started.cached_tokens
             self.queue_s.observe(output.started.queue_ms / 1e3)
         if tokens := len(output.token_ids):
             self.generated_tokens += tokens
+            request.generated_tokens += tokens
             if request.last_s:
                 self.itl_s.observe((now_s - request.last_s) / tokens, tokens)
             else:
                 self.ttft_s.observe(now_s - request.received_s)
+                request.first_s = now_s
             request.last_s = now_s
         if output.finish_reason is not None:
             self.finished(output.finish_reason)
             self.e2e_s.observe(now_s - request.received_s)
+            if self._finished is not None:
+                self._finished.append(_figures_of(request, now_s))
 
     def stepped(self, step: StepResult) -> None:
         self.computed_tokens += step.prefill_tokens
@@ -158,6 +187,16 @@ class Metrics(Collector):
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=list(self._label))
             gauge.add_metric(list(self._label.values()), value)
             yield gauge
+
+
+def _figures_of(request: Timed, now_s: float) -> FinishedRequest:
+    return FinishedRequest(
+        prompt_tokens=request.prompt_tokens,
+        generated_tokens=request.generated_tokens,
+        ttft_s=request.first_s - request.received_s,
+        token_s=(request.last_s - request.first_s) / max(request.generated_tokens - 1, 1),
+        e2e_s=now_s - request.received_s,
+    )
 
 
 class Joined(Collector):

@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MARK_VARIABLE = "DYNAMO_LLM_PROCESS"
@@ -47,7 +48,7 @@ def _carries(pid: int, mark: str) -> bool:
 def _group_of(pid: int) -> int:
     """0 for a zombie."""
     try:
-        state, _, group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
+        state, _, group = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[:3]
     except OSError:
         return 0
     return 0 if state == "Z" else int(group)
@@ -122,6 +123,22 @@ class Guard:
         """Tell the guard that there is nothing left to do, and wait for it to go."""
         with contextlib.suppress(BrokenPipeError):
             self._process.communicate(_ALL_WELL, timeout=10)
+
+
+def own_mark() -> str:
+    """What tells this process' descendants from others; a supervisor's mark serves as well."""
+    return os.environ.setdefault(MARK_VARIABLE, f"worker-{uuid.uuid4().hex}")
+
+
+@contextlib.contextmanager
+def no_leftovers(scratch: str) -> Iterator[None]:
+    """Whatever carries our mark ends with us, be it in order or by kill -9; then, `scratch` is deleted, too."""
+    guard = Guard(own_mark(), scratch)
+    try:
+        yield
+    finally:
+        reap(own_mark(), grace_s=1.0)
+        guard.release()
 
 
 def _stand_guard(mark: str, scratch: str, group: int) -> None:

@@ -58,15 +58,17 @@ class Limits(Struct, frozen=True, kw_only=True):
 class InFlight:
     """One accepted request, until its final output."""
 
-    __slots__ = ("last_s", "prompt_tokens", "received_s", "rid", "session")
+    __slots__ = ("first_s", "generated_tokens", "last_s", "prompt_tokens", "received_s", "rid", "session")
 
     def __init__(self, session: Session, rid: int, prompt_tokens: int, received_s: float) -> None:
         self.session = session
         self.rid = rid
         self.prompt_tokens = prompt_tokens
+        self.generated_tokens = 0
         self.received_s = received_s
+        self.first_s = 0.0
         self.last_s = 0.0
-        """When its last tokens came; 0 before the first."""
+        """When its first and its last tokens came; 0 before."""
 
 
 class Service:

@@ -13,20 +13,19 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TypeVar
 
 from dynamo_llm import process_tree
+from dynamo_llm.card import make_card, own_address
 from dynamo_llm.config import ConfigError, WorkerConfig, resolve_model
 from dynamo_llm.engines.base import Engine, EngineError
-from dynamo_llm.hosts.base import HostError, PublicModels
+from dynamo_llm.hosts.base import HostError, PublicModels, tokenizer_of
 from dynamo_llm.hosts.pytriton import PyTritonHost, fits
 from dynamo_llm.instance import CreateEngine, Instance, create, tell
 from dynamo_llm.metrics import Joined, MetricsServer
@@ -39,7 +38,6 @@ from kvstore.errors import StoreError, StoreUnavailable
 from kvstore.keys import Keys
 from kvstore.registry import Registry
 from kvstore.tasks import spawn, stop
-from kvstore.text import Tokenizer
 
 OK, FAILED, CANNOT_START = 0, 1, 2
 _SAME_SIGNAL_S = 1.0
@@ -59,8 +57,8 @@ def run(config: WorkerConfig, create: CreateEngine = create) -> int:
     """
     try:
         folder, model = resolve_model(config.model_path, config.model_name)
-        address = config.advertise_host or _own_address(config.host)
-        with _scratch_folder(model, config.instances) as scratch, _no_leftovers(scratch):
+        address = own_address(config)
+        with _scratch_folder(model, config.instances) as scratch, process_tree.no_leftovers(str(scratch)):
             return asyncio.run(_Worker(config, folder, model, address, scratch).run(create))
     except (ConfigError, EngineError, HostError, StoreError, OSError) as error:
         _say(f"cannot start: {error}")
@@ -185,27 +183,16 @@ class _Worker:
     def _card(
         self, instance: Instance, engine: Engine, host: PyTritonHost, metrics_port: int, blob: str
     ) -> InstanceCard:
-        config, info, address = self._config, engine.info, self._address
-        return InstanceCard(
-            instance=instance.id,
-            namespace=config.namespace,
-            component=config.component,
-            endpoint=config.endpoint,
+        address = self._address
+        return make_card(
+            self._config,
+            engine,
             model=self._model,
-            role=config.role,
             triton_model=instance.name,
             grpc_address=f"{address}:{host.grpc_port}",
             http_address=f"{address}:{host.http_port}",
             metrics_url=f"http://{address}:{metrics_port}/metrics",
-            engine=info.name,
-            engine_version=info.version,
-            block_size=info.block_size,
-            kv_blocks=info.kv_blocks,
-            max_context=info.max_context,
             model_files=blob,
-            epoch=0,
-            pid=os.getpid(),
-            started_s=time.time(),
         )
 
     async def _insist(self, action: Callable[[], Awaitable[T]]) -> T:
@@ -230,14 +217,9 @@ class _Worker:
             self._wake.set()
         elif now_s - self._signalled_s > _SAME_SIGNAL_S:
             _say("stopped at once")
-            process_tree.reap(_mark())
+            process_tree.reap(process_tree.own_mark())
             shutil.rmtree(self._scratch, ignore_errors=True)
             os._exit(FAILED)  # whatever is still running, a model that is being loaded for one, would hold us
-
-
-def _mark() -> str:
-    """What tells our descendants from other processes; a supervisor's mark serves as well."""
-    return os.environ.setdefault(process_tree.MARK_VARIABLE, f"worker-{uuid.uuid4().hex}")
 
 
 @contextlib.contextmanager
@@ -253,27 +235,6 @@ def _scratch_folder(model: str, instances: int) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _no_leftovers(scratch: Path) -> Iterator[None]:
-    """Whatever carries our mark ends with us, be it in order or by kill -9."""
-    guard = process_tree.Guard(_mark(), str(scratch))
-    try:
-        yield
-    finally:
-        process_tree.reap(_mark(), grace_s=1.0)
-        guard.release()
-
-
-def tokenizer_of(files: dict[str, bytes]) -> Tokenizer | None:
-    """None for a model without one. Raises `ConfigError` for one that cannot be read."""
-    if "tokenizer.json" not in files:
-        return None
-    try:
-        return Tokenizer.from_files(files)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def _open_metrics(config: WorkerConfig, instances: list[Instance]) -> MetricsServer:
     def trouble() -> str | None:
         services = [instance.service for instance in instances]
@@ -285,18 +246,6 @@ def _open_metrics(config: WorkerConfig, instances: list[Instance]) -> MetricsSer
         return MetricsServer(config.host, config.metrics_port, figures.registry, trouble)
     except OSError as error:
         raise ConfigError(f"cannot listen on {config.host}:{config.metrics_port}: {error.strerror}") from None
-
-
-def _own_address(host: str) -> str:
-    """Where others reach a server that is bound to `host`. Raises `ConfigError` where only this machine would."""
-    if host != "0.0.0.0":
-        return host
-    address = "127.0.0.1"
-    with contextlib.suppress(OSError):
-        address = socket.gethostbyname(socket.gethostname())
-    if address.startswith("127."):  # Debian has the machine's own name in /etc/hosts with 127.0.1.1
-        raise ConfigError(f"--host {host} does not say where routers find this worker: pass --advertise-host ADDRESS")
-    return address
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tritonclient.grpc as triton
 
 from kvstore.cards import InstanceCard
 from kvstore.connect import connect
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "dynamo_llm"))
 from observer import Observer
 from worker_runner import Worker
 
-HOSTS = {"pytriton": "worker_process.py"}
+HOSTS = {"pytriton": "worker_process.py", "triton": "tritonserver_process.py"}
 """A program for each host. It gets a worker's options as JSON and, when it is ready, says so as a worker does."""
 SESSION_TIMEOUT_S = 3.0
 _START_S = 90.0
@@ -91,6 +92,14 @@ class Rig:
         worker = self._site.workers[self._site.used]
         self._site.used += 1
         return await self.card(worker), worker
+
+    async def left_triton(self, card: InstanceCard, worker: Worker) -> None:
+        """The drained worker serves no more: one of PyTriton's is the server, another one is a model among others."""
+        if card.host == "triton":
+            with triton.InferenceServerClient(card.grpc_address) as client:
+                await self._eventually(lambda: not client.is_model_ready(card.model))
+            worker.process.terminate()
+        assert worker.wait() == 0
 
     async def connect(self, card: InstanceCard, name: str, on_change: Any = lambda: None) -> WorkerConnection:
         """A router's connection, its session open."""

@@ -331,7 +331,7 @@ async def test_drain(rig: Any, eventually: Eventually) -> None:
     assert await onlooker.read_to_end() == "drained"
     await onlooker.channel.close()
     await eventually(lambda: not connection.connected)
-    assert process.wait() == 0
+    await rig.left_triton(card, process)
     assert not connection.ready
     with pytest.raises(WorkerLost):
         submit(connection, 10, 5)

@@ -1,12 +1,10 @@
 """Options of a worker, and where a model is found."""
 
-import socket
 from pathlib import Path
 
 import pytest
 
 from dynamo_llm.config import ConfigError, WorkerConfig, resolve_model
-from dynamo_llm.worker import CANNOT_START, _own_address, run
 
 
 def test_only_the_model_is_required() -> None:
@@ -74,28 +72,3 @@ def test_an_ipv6_address_is_refused(host: str) -> None:
     """In one line, before anything starts: the server of the metrics has no IPv6."""
     with pytest.raises(ConfigError, match="IPv4 only"):
         WorkerConfig.from_dict({"model_path": "/m", "host": host})
-
-
-@pytest.mark.parametrize("found", ["127.0.1.1", OSError("unknown")])
-def test_an_address_that_only_this_machine_reaches_is_not_advertised(
-    found: str | OSError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """Bound to all addresses, a worker asks for one where its own name leads to loopback or nowhere."""
-
-    def resolve(name: str) -> str:
-        if isinstance(found, OSError):
-            raise found
-        return found
-
-    monkeypatch.setattr(socket, "gethostbyname", resolve)
-    (tmp_path / "config.json").write_text("{}")
-    config = WorkerConfig(model_path=str(tmp_path), model_name="m", host="0.0.0.0")
-    assert run(config) == CANNOT_START
-    assert "pass --advertise-host ADDRESS" in capsys.readouterr().err
-
-
-def test_this_machines_address_is_advertised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where its name leads to one that others reach; an address that was bound itself is told as it is."""
-    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.7")
-    assert _own_address("0.0.0.0") == "10.0.0.7"
-    assert _own_address("127.0.0.1") == "127.0.0.1"

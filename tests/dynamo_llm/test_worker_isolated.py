@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 from worker_runner import Worker
 
 from kvstore.connect import connect
@@ -17,17 +18,23 @@ from kvstore.embedded import EmbeddedRedis
 from kvstore.keys import Keys
 from kvstore.registry import Registry
 
-PROGRAM = str(Path(__file__).parent / "worker_process.py")
+PROGRAMS = {"pytriton": "worker_process.py", "triton": "tritonserver_process.py"}
 QUESTION = "<|begin|><|user|>What is the capital of France?<|end|><|assistant|>"
 
 
+@pytest.mark.parametrize("host", PROGRAMS)
 async def test_a_killed_engine_is_an_error_and_a_restart(
-    redis_server: EmbeddedRedis, tmp_path: Path, eventually: Any
+    redis_server: EmbeddedRedis, tmp_path: Path, eventually: Any, host: str
 ) -> None:
     """Each request in flight gets one clear error; Triton stays, and the instance answers under a later epoch."""
     options = {"threads": 1, "kv_blocks": 1024}
     worker = Worker(
-        tmp_path, [PROGRAM], redis_url=redis_server.url, engine="torch", engine_options=options, python=sys.executable
+        tmp_path,
+        [PROGRAMS[host]],
+        redis_url=redis_server.url,
+        engine="torch",
+        engine_options=options,
+        python=sys.executable,
     )
     try:
         await eventually(lambda: worker.is_ready, 60)
@@ -41,7 +48,7 @@ async def test_a_killed_engine_is_an_error_and_a_restart(
             os.kill(engine, signal.SIGKILL)
             answers = [future.result(timeout=20) for future in asked]
         for answer in answers:
-            assert answer.startswith("ModelError: engine_failure: ")
+            assert answer.removeprefix("ModelError: ").startswith("engine_failure: ")
             assert "was killed by SIGKILL" in answer
         await eventually(lambda: "Paris" in ask(worker, 20), 60)
         assert await epoch(redis_server.url) > before

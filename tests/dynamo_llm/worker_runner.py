@@ -24,7 +24,8 @@ class Worker:
         self.mark = f"test-{uuid.uuid4().hex}"
         self.temporary = tmp_path / "tmp"
         self.temporary.mkdir(exist_ok=True)
-        options = {"model_path": MODEL, "engine": "scripted", "engine_options": {"step_s": 0.01}, **options}
+        if "repository" not in options:  # which has entries with options of their own
+            options = {"model_path": MODEL, "engine": "scripted", "engine_options": {"step_s": 0.01}, **options}
         self.process = subprocess.Popen(
             [sys.executable, *command, json.dumps(options)],
             stdout=subprocess.PIPE,

@@ -16,8 +16,11 @@ from typer.core import TyperGroup
 from dynamo_llm.cli.errors import CommandError
 
 ENTRY_POINTS = "dynamo_llm.commands"
-_OWN = {name: EntryPoint(name, f"dynamo_llm.cli.{name}:{name}", ENTRY_POINTS) for name in ("up", "worker", "status")}
-_ORDER = ("up", "worker", "router", "status")
+_OWN = {
+    name: EntryPoint(name, f"dynamo_llm.cli.{name}:{name}", ENTRY_POINTS)
+    for name in ("up", "worker", "tritonserver", "status")
+}
+_ORDER = ("up", "worker", "tritonserver", "router", "status")
 
 EPILOG = """[bold]A cluster on this machine[/bold]
 

@@ -8,7 +8,7 @@ import typer
 
 from dynamo_llm.cli.checks import check_engine_packages, parse_engine_options
 from dynamo_llm.cli.errors import StartError
-from dynamo_llm.config import ConfigError, WorkerConfig
+from dynamo_llm.config import ConfigError, WorkerConfig, by_field
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -173,16 +173,6 @@ def worker_config(flags: dict[str, Any], engine_options: list[str], file: Path |
         raise StartError(f"{file}: {error}" if file else str(error)) from None
 
 
-_FILE_KEYS = {
-    "model": "model_path",
-    "name": "model_name",
-    "redis": "redis_url",
-    "lease_ttl": "lease_ttl_s",
-    "drain_timeout": "drain_timeout_s",
-}
-"""What flags call otherwise than `WorkerConfig`; a file may use both."""
-
-
 def _read(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
@@ -193,7 +183,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise StartError(f"--config {file} is no TOML: {error}") from None
     if not isinstance(values.get("engine_options", {}), dict):
         raise StartError(f"--config {file}: engine_options must be a table")
-    return {_FILE_KEYS.get(key, key): value for key, value in values.items()}
+    return by_field(values)
 
 
 def _run(config: WorkerConfig) -> int:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def read_json(path: Path) -> dict[str, Any]:
     """Raises `EngineError` for a file that is missing, unreadable or no JSON object."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise EngineError(f"{path} does not exist: the model must be a Hugging Face folder") from None
     except (OSError, ValueError) as error:

@@ -5,8 +5,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dynamo_llm.config import ConfigError
 from dynamo_llm.public_model import PublicModel, Tensors
 from dynamo_llm.service import Service
+from kvstore.text import Tokenizer
 
 
 class HostError(Exception):
@@ -35,6 +37,16 @@ class Host(Protocol):
 
     def stop(self) -> None:
         """End the server and remove what it left. May be called twice, and after the server's own end."""
+
+
+def tokenizer_of(files: dict[str, bytes]) -> Tokenizer | None:
+    """None for a model without one. Raises `ConfigError` for one that cannot be read."""
+    if "tokenizer.json" not in files:
+        return None
+    try:
+        return Tokenizer.from_files(files)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 class PublicModels:

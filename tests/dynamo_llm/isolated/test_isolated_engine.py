@@ -21,7 +21,7 @@ WAIT_S = 20.0
 _FAKE = """
 import os, socket, subprocess, sys, time
 from dynamo_llm.engines.base import EngineInfo
-from dynamo_llm.engines.isolated.channel import Channel
+from dynamo_llm.channel import Channel
 from dynamo_llm.engines.isolated.messages import *
 from kvstore.wire import Load
 end = socket.socket(fileno=int(sys.argv[1]))

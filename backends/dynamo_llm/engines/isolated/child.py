@@ -17,10 +17,10 @@ from pathlib import Path
 
 import msgspec
 
+from dynamo_llm.channel import Channel, ChannelError
 from dynamo_llm.engines import create_engine
 from dynamo_llm.engines.base import Engine, EngineError, RequestError, StepResult
 from dynamo_llm.engines.isolated import messages
-from dynamo_llm.engines.isolated.channel import Channel, ChannelError
 from dynamo_llm.engines.isolated.messages import (
     Cancel,
     Close,

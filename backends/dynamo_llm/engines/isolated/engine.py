@@ -15,10 +15,10 @@ from typing import Any
 
 import msgspec
 
+from dynamo_llm.channel import Channel, ChannelError, Outbox
 from dynamo_llm.engines.base import EngineError, EngineInfo, EngineRequest, RequestError, StepResult
 from dynamo_llm.engines.checks import check_request
 from dynamo_llm.engines.isolated import messages
-from dynamo_llm.engines.isolated.channel import Channel, ChannelError, Outbox
 from dynamo_llm.engines.isolated.messages import (
     Cancel,
     Close,

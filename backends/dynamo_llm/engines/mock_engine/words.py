@@ -28,7 +28,7 @@ def pick_words(folder: Path, vocab_size: int, never: frozenset[int]) -> tuple[in
     tokenizer = None
     if path.exists():
         try:
-            tokenizer = Tokenizer(path.read_text())
+            tokenizer = Tokenizer(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise EngineError(f"{path} cannot be read: {error}") from None
         never |= tokenizer.special_ids

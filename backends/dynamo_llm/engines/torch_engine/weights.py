@@ -133,7 +133,7 @@ def _file_names(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError) as error:
             raise EngineError(f"{index} cannot be read: {error}") from None
     if not (folder / "model.safetensors").exists():

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from dynamo_llm.engines.isolated.channel import MAX_BYTES, Channel, ChannelError, Outbox
+from dynamo_llm.channel import MAX_BYTES, Channel, ChannelError, Outbox
 from dynamo_llm.engines.isolated.messages import Cancel, decode_order, encode
 
 

@@ -1,11 +1,14 @@
-"""Messages over a local stream socket: each a header (mark and length) and a msgpack document. Both sides use it."""
+"""Messages over a local stream socket: each a header (mark and length) and a msgpack document.
+
+A worker and its engine's process talk so (`engines/isolated`), and Triton's stub processes (`hosts/tritonserver`).
+"""
 
 import contextlib
 import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import msgspec
@@ -28,6 +31,32 @@ def frame(document: bytes) -> bytes:
     if len(document) > MAX_BYTES:
         raise ChannelError(f"a message of {len(document)} bytes is over the limit of {MAX_BYTES}")
     return _HEADER.pack(_MARK, len(document)) + document
+
+
+def _length_of(header: bytes) -> int:
+    if header[: len(_MARK)] != _MARK:
+        raise ChannelError(f"what is no message: {header!r}")
+    length: int = _HEADER.unpack(header)[1]
+    if length > MAX_BYTES:
+        raise ChannelError(f"a message of {length} bytes, over the limit of {MAX_BYTES}")
+    return length
+
+
+class FrameBuffer:
+    """Cuts what comes from a stream into documents; for event loops."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The documents that are complete with `data`. Raises `ChannelError` for what is no message."""
+        self._data += data
+        while len(self._data) >= _HEADER.size:
+            end = _HEADER.size + _length_of(bytes(self._data[: _HEADER.size]))
+            if len(self._data) < end:
+                return
+            yield bytes(self._data[_HEADER.size : end])
+            del self._data[:end]
 
 
 class Channel:
@@ -56,7 +85,7 @@ class Channel:
             header = self._stream.read(_HEADER.size)
             if len(header) < _HEADER.size:
                 return None
-            length = self._length(header)
+            length = _length_of(header)
             document = self._stream.read(length)
         except ConnectionResetError:  # the other side ended with messages unread
             return None
@@ -70,15 +99,6 @@ class Channel:
     def close(self) -> None:
         self._stream.close()
         self._socket.close()
-
-    @staticmethod
-    def _length(header: bytes) -> int:
-        if header[:4] != _MARK:
-            raise ChannelError(f"what is no message: {header!r}")
-        length: int = _HEADER.unpack(header)[1]
-        if length > MAX_BYTES:
-            raise ChannelError(f"a message of {length} bytes, over the limit of {MAX_BYTES}")
-        return length
 
 
 class Outbox:

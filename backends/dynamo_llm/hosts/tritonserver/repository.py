@@ -1,0 +1,45 @@
+"""Models of the server that a stub process lives in: asked over its gRPC port, as an operator would.
+
+Not through `pb_utils`: in Triton 2.51 a stub's question about models holds up its responses until it is answered, and
+now and then makes the server abort (it waits on memory that the stub has freed).
+"""
+
+import json
+from contextlib import closing
+from typing import Any
+
+from tritonclient.grpc import InferenceServerClient, InferenceServerException
+
+
+class RepositoryError(Exception):
+    """What the server did not do. The message is its own."""
+
+
+class Repository:
+    """Its methods block, and raise `RepositoryError`."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def is_ready(self, model: str, version: str = "") -> bool:
+        """False also while the server takes no calls."""
+        try:
+            with closing(InferenceServerClient(self._address)) as client:
+                return bool(client.is_model_ready(model, version))
+        except InferenceServerException:
+            return False
+
+    def load(self, model: str, config: dict[str, Any]) -> None:
+        """A model that is nowhere on a disk: its config, and an empty version 1."""
+        try:
+            with closing(InferenceServerClient(self._address)) as client:
+                client.load_model(model, config=json.dumps(config), files={"file:1/empty": b""})
+        except InferenceServerException as error:
+            raise RepositoryError(error.message()) from None
+
+    def unload(self, model: str) -> None:
+        try:
+            with closing(InferenceServerClient(self._address)) as client:
+                client.unload_model(model)
+        except InferenceServerException as error:
+            raise RepositoryError(error.message()) from None
