@@ -153,6 +153,7 @@ async def test_reload(start: Any, tmp_path: Path) -> None:
     await router.channel.close()
     again = Router(card.grpc_address, "router")
     await again.open()
+    await again.frame()
     assert await again.run(submit(1, 10, 3)) == {1: [11, 12, 13]}
     await again.channel.close()
     assert site.ask() == [11, 12, 13, 14, 15]
@@ -191,6 +192,7 @@ async def test_without_model_control_companions_are_entries(start: Any) -> None:
     (card,) = (await site.cards()).values()
     router = Router(card.grpc_address, "router")
     await router.open()
+    await router.frame()
     assert await router.run(submit(1, 10, 3)) == {1: [11, 12, 13]}
     await router.channel.close()
     site.worker.process.terminate()

@@ -7,6 +7,7 @@ import queue
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,10 +69,26 @@ def server(redis_url: str) -> Iterator[dict[str, str]]:
         yield fields
 
 
+@pytest.fixture
+async def router(router_url: str, eventually: Any) -> str:
+    """Once it has found the server."""
+    await eventually(lambda: is_ready(router_url), 30.0)
+    return router_url
+
+
 @pytest.fixture(scope="module")
-def router(redis_url: str, server: dict[str, str]) -> Iterator[str]:
+def router_url(redis_url: str, server: dict[str, str]) -> Iterator[str]:
     with running("router", "--redis", redis_url, "--http-port", "0", "--grpc-port", "0") as fields:
         yield fields["first"]
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/v2/models/demo/ready", timeout=10) as response:
+            return response.status == 200
+    except urllib.error.HTTPError as error:
+        with error:
+            return False
 
 
 def post(url: str, body: dict[str, Any]) -> str:
