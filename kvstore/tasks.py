@@ -21,10 +21,14 @@ def spawn(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 async def stop(*tasks: asyncio.Future[Any] | None) -> None:
     """Cancel tasks and wait until they have ended. A cancellation of the caller goes through.
 
-    Cancels again where once was not enough: up to Python 3.11 `asyncio.wait_for`, through which redis-py sends, loses a
-    cancellation that comes just as the send completes.
+    How they ended is not told: who wants to know has `spawn` log it, or awaits the task. Cancels again where once was
+    not enough: up to Python 3.11 `asyncio.wait_for`, through which redis-py sends, loses a cancellation that comes just
+    as the send completes.
     """
-    running = {task for task in tasks if task is not None and not task.done()}
+    given = {task for task in tasks if task is not None}
+    for task in given:
+        task.add_done_callback(_retrieve)  # by a callback, so that it also happens when our caller leaves before
+    running = {task for task in given if not task.done()}
     while running:
         for task in running:
             task.cancel()
@@ -45,6 +49,12 @@ async def within(timeout_s: float, work: Awaitable[_T]) -> _T:
         raise asyncio.TimeoutError
     finally:
         await stop(task)
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Or asyncio complains of it when the task is collected, long after its owner has gone on."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _report(task: asyncio.Task[None]) -> None:

@@ -1,6 +1,8 @@
 """Waiting with a limit, and stopping what was started."""
 
 import asyncio
+import gc
+from typing import Any
 
 import pytest
 
@@ -53,3 +55,26 @@ async def test_a_task_that_loses_a_cancellation_is_stopped_all_the_same() -> Non
     await asyncio.wait_for(stop(task), 10)
     assert task.cancelled()
     assert told == [1]
+
+
+@pytest.mark.parametrize("died_before", [True, False])
+async def test_the_error_of_a_stopped_task_makes_no_noise(died_before: bool) -> None:
+    """Whether it died before it was stopped or of being stopped: asyncio does not complain that nobody looked."""
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+
+    async def fail() -> None:
+        try:
+            await asyncio.sleep(0 if died_before else 60)
+        finally:
+            raise ZeroDivisionError
+
+    task = asyncio.create_task(fail())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert task.done() is died_before
+    await stop(task)
+    await asyncio.sleep(0)
+    del task
+    gc.collect()
+    assert complaints == []
