@@ -21,6 +21,7 @@ from dynamo_llm.config import WorkerConfig
 from dynamo_llm.engines import create_engine
 from dynamo_llm.engines.base import Engine, EngineError
 from dynamo_llm.lifecycle import Lifecycle, RestartPolicy
+from dynamo_llm.maker import Maker
 from dynamo_llm.metrics import Metrics
 from dynamo_llm.service import Limits, Service
 from kvstore.cards import InstanceCard
@@ -76,8 +77,10 @@ class Instance:
         self._changed = asyncio.Event()
         """Set when the service drains, or its engine has died."""
         self._life = AsyncExitStack()
+        self._ending: asyncio.Task[None] | None = None
         self._lease: Lease | None = None
-        self._engine: Engine | None = None
+        self._maker: Maker | None = None
+        """Of the engine that lives, or is to."""
         self._service: Service | None = None
         self._epoch = 0
         self._batches = (0, 0)
@@ -92,10 +95,15 @@ class Instance:
             raise RuntimeError("the instance has not begun")
         return self._service
 
+    @property
+    def loading(self) -> bool:
+        """An engine is being made, be it that nobody waits for it any more."""
+        return self._maker is not None and self._maker.busy
+
     async def load(self) -> None:
-        """Make the first engine. Raises `EngineError`."""
+        """Make the first engine. Raises `EngineError`. May be cancelled, and then `close` does not wait for it."""
         self._restarts.started()
-        self._engine = await self._make()
+        await self._make()
 
     async def begin(self, registry: Registry) -> None:
         """Let it serve; `service` is there from now on."""
@@ -143,26 +151,25 @@ class Instance:
 
     async def close(self) -> None:
         """End the life and everything of it. May be called twice, and at any point."""
-        await self._life.aclose()
-        engine, self._engine = self._engine, None
-        if engine is not None:  # made, and never begun
-            await asyncio.to_thread(engine.close)
+        await self._end_life()
+        if self._maker is not None:  # its engine has never begun, or is still being made
+            await self._maker.close()
 
     # --- one life after the other ------------------------------------------------------------------------------------
 
     async def _follow(self, reason: str) -> str | None:
         """From an engine's death to the next one's registration. Returns the reason where there is no next one."""
-        await self._life.aclose()
+        await self._end_life()
         while (pause_s := self._restarts.exited(time.monotonic())) is not None:
             self._say(f"{reason}; the engine starts again in {pause_s:g} s")
             await asyncio.sleep(pause_s)
             self._restarts.started()
             try:
-                self._engine = await self._make()
+                await self._make()
                 await self._live()
                 await self._register_again()
             except (EngineError, StoreError) as error:
-                await self._life.aclose()
+                await self._end_life()
                 self.service.failure = reason = str(error)
                 continue
             if self.service.failure is None:
@@ -170,26 +177,20 @@ class Instance:
             return None
         return reason
 
-    async def _make(self) -> Engine:
-        """An engine that is ours also when nobody waits for it any more."""
-        making = asyncio.ensure_future(asyncio.to_thread(self._create))
-        try:
-            return await asyncio.shield(making)
-        except asyncio.CancelledError:
-            with contextlib.suppress(EngineError):
-                await asyncio.to_thread((await making).close)
-            raise
+    async def _make(self) -> None:
+        self._maker = Maker(self._create)
+        await self._maker.engine()
 
     async def _live(self) -> None:
         """Begin a life with the engine that was made."""
-        engine, self._engine = self._engine, None
-        if engine is None:
+        if self._maker is None:
             raise RuntimeError("an engine is made before it lives")
+        close, engine = self._maker.close, await self._maker.engine()
         self._epoch = max(time.time_ns() // 1_000_000, self._epoch + 1)
-        self._life.push_async_callback(asyncio.to_thread, engine.close)
+        self._life.push_async_callback(close)
         events = await self._life.enter_async_context(self._publisher(engine))
         self._life.callback(self._count_batches, events)
-        self._life.push_async_callback(asyncio.to_thread, engine.close)  # it must not outlive the publisher
+        self._life.push_async_callback(close)  # it must not outlive the publisher
         before = self._batches
         self.metrics.events = lambda: _batches(before, events)
         if self._service is not None:
@@ -198,6 +199,12 @@ class Instance:
             self._service = self._first_service(engine, events)
             self._service.start()
         self._restarts.ready(time.monotonic())
+
+    async def _end_life(self) -> None:
+        """It goes on to its end however often the caller is cancelled; `close` waits for it then."""
+        if self._ending is None or self._ending.done():
+            self._ending = asyncio.create_task(self._life.aclose())
+        await asyncio.shield(self._ending)
 
     async def _register_again(self) -> None:
         """As long as it takes: without Redis the engine serves all the same. Raises what waiting does not mend."""

@@ -14,9 +14,8 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +25,7 @@ from dynamo_llm.card import make_card, own_address
 from dynamo_llm.config import ConfigError, WorkerConfig, resolve_model
 from dynamo_llm.engines.base import Engine, EngineError
 from dynamo_llm.hosts.base import HostError, PublicModels, tokenizer_of
-from dynamo_llm.hosts.pytriton import PyTritonHost, fits
+from dynamo_llm.hosts.pytriton import PyTritonHost, scratch_folder
 from dynamo_llm.instance import CreateEngine, Instance, create, tell
 from dynamo_llm.metrics import Joined, MetricsServer
 from dynamo_llm.public_model import PublicModel
@@ -53,16 +52,20 @@ class _Interrupted(Exception):
 def run(config: WorkerConfig, create: CreateEngine = create) -> int:
     """Serve until a signal comes. Returns the exit code: 0 drained, 1 failed while running, 2 could not start.
 
-    Call it on the main thread. `create` makes the engines.
+    Call it on the main thread. `create` makes the engines. Where one is still being loaded, the process ends here.
     """
     try:
         folder, model = resolve_model(config.model_path, config.model_name)
         address = own_address(config)
-        with _scratch_folder(model, config.instances) as scratch, process_tree.no_leftovers(str(scratch)):
-            return asyncio.run(_Worker(config, folder, model, address, scratch).run(create))
+        with scratch_folder(model, config.instances) as scratch, process_tree.no_leftovers(str(scratch)):
+            worker = _Worker(config, folder, model, address, scratch)
+            code = asyncio.run(worker.run(create))
     except (ConfigError, EngineError, HostError, StoreError, OSError) as error:
         _say(f"cannot start: {error}")
         return CANNOT_START
+    if worker.is_loading:
+        os._exit(code)  # nothing interrupts a load, and the interpreter would wait for its threads
+    return code
 
 
 class _Worker:
@@ -81,6 +84,10 @@ class _Worker:
         self._trouble: str | None = None
         self._host_died = False
 
+    @property
+    def is_loading(self) -> bool:
+        return any(instance.loading for instance in self._instances)
+
     async def run(self, create: CreateEngine) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -97,8 +104,8 @@ class _Worker:
             name = self._model if number == 1 else f"{self._model}.i{number}"
             instance = Instance(config, self._folder, self._model, name=name, create=create, say=_say)
             stack.push_async_callback(instance.close)  # now, in case that Redis does not come
-            await instance.load()
             self._instances.append(instance)
+            await self._load(instance)
         redis: Redis = await self._insist(lambda: stack.enter_async_context(connect(config.redis_url)))
         registry = Registry(redis, Keys(config.key_prefix, config.namespace))
         for instance in self._instances:
@@ -122,6 +129,17 @@ class _Worker:
         await stop(*keepers)
         return await self._end()
 
+    async def _load(self, instance: Instance) -> None:
+        """Raises `_Interrupted` when a signal comes first."""
+        loading, signalled = asyncio.ensure_future(instance.load()), asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait((loading, signalled), return_when=asyncio.FIRST_COMPLETED)
+            if self._wake.is_set():
+                raise _Interrupted
+            await loading
+        finally:
+            await stop(loading, signalled)
+
     async def _register(self, instance: Instance, host: PyTritonHost, metrics_port: int, blob: str) -> InstanceCard:
         def card(engine: Engine) -> InstanceCard:
             return self._card(instance, engine, host, metrics_port, blob)
@@ -129,8 +147,14 @@ class _Worker:
         return await self._insist(lambda: instance.register(card))
 
     async def _keep(self, instance: Instance) -> None:
-        self._trouble = await instance.keep()
-        self._wake.set()
+        try:
+            self._trouble = await instance.keep()
+        except Exception as error:
+            # The worker's boundary: without a keeper it would stay up, and nothing would follow an engine that dies.
+            self._trouble = f"instance {instance.id} cannot go on: {error!r}"
+            raise  # `spawn` logs where it came from
+        finally:
+            self._wake.set()
 
     async def _end(self) -> int:
         """Drain, unless Triton died: nobody is there to read then."""
@@ -219,20 +243,7 @@ class _Worker:
             _say("stopped at once")
             process_tree.reap(process_tree.own_mark())
             shutil.rmtree(self._scratch, ignore_errors=True)
-            os._exit(FAILED)  # whatever is still running, a model that is being loaded for one, would hold us
-
-
-@contextlib.contextmanager
-def _scratch_folder(model: str, instances: int) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="dynamo-llm-"))
-    longest = model if instances == 1 else f"{model}.i{instances}"
-    if not fits(folder, longest):
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="dynamo-llm-", dir="/tmp"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            os._exit(FAILED)  # whatever is still running would hold us
 
 
 def _open_metrics(config: WorkerConfig, instances: list[Instance]) -> MetricsServer:

@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import socket
+import tempfile
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from wire_router import Router, submit
 from dynamo_llm import process_tree
 from dynamo_llm.hosts import pytriton
 from dynamo_llm.hosts.base import HostError, PublicModels
-from dynamo_llm.hosts.pytriton import PyTritonHost, _ports, fits
+from dynamo_llm.hosts.pytriton import PyTritonHost, _ports, scratch_folder
 from dynamo_llm.metrics import Metrics
 from dynamo_llm.public_model import PublicModel
 from dynamo_llm.service import Limits, Service
@@ -381,7 +382,16 @@ def test_a_port_lost_at_the_last_moment_is_replaced(tmp_path: Path, monkeypatch:
     assert process_tree.members(mark) == []
 
 
-def test_long_names_in_deep_folders_are_seen_beforehand(tmp_path: Path) -> None:
-    """A unix socket's path holds 107 bytes."""
-    assert fits(Path("/tmp/dynamo-llm-abcdefgh"), "m" * 48)
-    assert not fits(Path("/tmp/") / ("d" * 60), "m" * 48)
+def test_the_paths_of_sockets_are_short_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary folder deep in the file system, as batch systems have them, is not used for them; what is made is
+    deleted."""
+    deep = tmp_path / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with scratch_folder("m" * 48, 2) as folder:
+        assert folder.parent == Path("/tmp")
+    assert not folder.exists()
+    assert not any(deep.iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    with scratch_folder("m" * 48, 1) as folder:
+        assert folder.is_dir()

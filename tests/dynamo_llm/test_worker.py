@@ -221,6 +221,46 @@ async def test_an_engine_that_dies_too_often_ends_the_worker(start: Start) -> No
     assert worker.nothing_left
 
 
+async def test_an_engine_that_cannot_be_followed_ends_the_worker(start: Start) -> None:
+    """Where something fails that no further attempt would mend, the worker does not stay up without an engine."""
+    worker = await start(engine_options={"step_s": 0.01, "unstartable": 2})
+    router = Router(worker.fields["grpc"], "router")
+    await router.open()
+    await router.frame()
+    await router.control(submit(1, FATAL_TOKEN))
+    assert await router.read_to_end() == "engine_failure"
+    await router.channel.close()
+    assert worker.wait() == 1
+    assert worker.err[-1].endswith(" cannot go on: ZeroDivisionError('as it was told')")
+    assert worker.nothing_left
+
+
+@pytest.mark.parametrize("stuck", [1, 2])
+async def test_a_signal_during_a_load_ends_it(start: Start, eventually: Callable[..., Any], stuck: int) -> None:
+    """At once, whichever instance's engine it is: nothing was promised to anyone yet, and a load takes minutes."""
+    worker = await start(ready=False, instances=2, engine_options={"step_s": 0.01, "stuck": stuck})
+    await eventually(lambda: worker.err == ["stuck"], timeout_s=START_S)
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert worker.err == ["stuck"]
+    assert worker.nothing_left
+
+
+async def test_a_signal_while_an_engine_is_loaded_again_ends_it(start: Start, eventually: Callable[..., Any]) -> None:
+    """The exit code says that there was no engine."""
+    worker = await start(engine_options={"step_s": 0.01, "stuck": 2})
+    router = Router(worker.fields["grpc"], "router")
+    await router.open()
+    await router.frame()
+    await router.control(submit(1, FATAL_TOKEN))
+    await router.channel.close()
+    await eventually(lambda: worker.err[-1:] == ["stuck"])
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() == 1
+    assert worker.err[-1] == "dynamo-llm worker: the scripted engine met its fatal token"
+    assert worker.nothing_left
+
+
 async def test_several_instances_share_a_server(start: Start, redis: Redis) -> None:
     """Each is registered and reached by itself, has its own figures, and the public model uses all of them."""
     worker = await start(key_prefix="several", instances=2)

@@ -14,12 +14,14 @@ import contextlib
 import http.client
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ class PyTritonHost:
     ) -> None:
         """`services` by the name before `.control` and `.session`; `public` is the model itself.
 
-        `folder` is for the server's files (see `fits`); whoever made it removes it. Port 0: a free one."""
+        `folder` is for the server's files (`scratch_folder`). Port 0: a free one."""
         self.grpc_port = grpc_port
         self.http_port = http_port
         self.on_death: Callable[[str], None] = lambda reason: None
@@ -237,9 +239,18 @@ def _end_programs_of(workspace: Path) -> None:
                 os.kill(int(entry.name), signal.SIGKILL)
 
 
-def fits(folder: Path, model: str) -> bool:
-    """Whether the sockets of a model's server can lie in this folder: their paths must not be long."""
-    return len(f"{folder}/w{_START_ATTEMPTS}{_LONGEST_SOCKET.format(model)}") <= _SOCKET_PATH_LIMIT
+@contextlib.contextmanager
+def scratch_folder(model: str, instances: int) -> Iterator[Path]:
+    """For the files of a server, deleted at the end. The paths of its sockets, which lie in it, must not be long."""
+    longest = model if instances == 1 else f"{model}.i{instances}"
+    folder = Path(tempfile.mkdtemp(prefix="dynamo-llm-"))
+    if len(f"{folder}/w{_START_ATTEMPTS}{_LONGEST_SOCKET.format(longest)}") > _SOCKET_PATH_LIMIT:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="dynamo-llm-", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ports(host: str, wanted: tuple[int, int]) -> tuple[int, int]:

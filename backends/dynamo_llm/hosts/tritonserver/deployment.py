@@ -158,9 +158,13 @@ class Deployment:
         await _insist(lambda: self._instance.register(lambda engine: self._card(engine, blob)))
         self._registered = True
         self._say(f"instance {self._instance.id} is registered in namespace {self._config.namespace}")
-        reason = await self._instance.keep()
-        self._say(f"{reason}; the engine is given up")
-        self._retire()
+        reason = "it failed"
+        try:
+            reason = await self._instance.keep()
+        finally:
+            if not self._ending:
+                self._say(f"{reason}; the engine is given up")
+                self._retire()
 
     def _card(self, engine: Engine, blob: str) -> InstanceCard:
         config, address = self._config, self._address

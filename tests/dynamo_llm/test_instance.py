@@ -1,0 +1,164 @@
+"""An instance from one engine to the next: restarts that fail, loads and ends that are interrupted."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from scripted_engine import ScriptedEngine
+
+from dynamo_llm import instance as module
+from dynamo_llm.config import WorkerConfig
+from dynamo_llm.engines.base import Engine
+from dynamo_llm.instance import Instance
+from kvstore.cards import InstanceCard
+from kvstore.keys import Keys
+from kvstore.registry import Registry
+from kvstore.tasks import stop
+
+
+class Slow(ScriptedEngine):
+    """Its making and its end wait for a gate each; both are open unless a test shuts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_come, self.may_end, self.closed = threading.Event(), threading.Event(), threading.Event()
+        self.may_come.set()
+        self.may_end.set()
+
+    def close(self) -> None:
+        self.may_end.wait()
+        super().close()
+        self.closed.set()
+
+
+class Running:
+    """An instance that is registered and kept. `plan` has what becomes of each engine that is made."""
+
+    def __init__(self, redis: Redis, *plan: Slow | BaseException) -> None:
+        self.registry = Registry(redis, Keys("instance"))
+        self.said: list[str] = []
+        self._plan = list(plan)
+        config = WorkerConfig(model_path=".", engine="scripted")
+        self.instance = Instance(config, Path(), "demo", create=self._create, say=self.said.append)
+        self.keeper: asyncio.Task[str]
+
+    async def start(self) -> "Running":
+        await self.instance.load()
+        await self.instance.begin(self.registry)
+        await self.instance.register(_card)
+        self.keeper = asyncio.create_task(self.instance.keep())
+        return self
+
+    def _create(self, config: WorkerConfig, folder: Path, model: str) -> Engine:
+        engine = self._plan.pop(0)
+        if isinstance(engine, BaseException):
+            raise engine
+        engine.may_come.wait()
+        return engine
+
+
+def _card(engine: Engine) -> InstanceCard:
+    return InstanceCard(
+        instance="",
+        namespace="default",
+        model="demo",
+        grpc_address="127.0.0.1:1",
+        engine="scripted",
+        block_size=16,
+        kv_blocks=64,
+        max_context=1024,
+        model_files="0" * 64,
+        epoch=0,
+    )
+
+
+@pytest.fixture
+async def run(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., Any]]:
+    """`await run(*plan)`: see `Running`."""
+    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.01)
+    started: list[Running] = []
+
+    async def run(*plan: Slow | BaseException) -> Running:
+        started.append(Running(redis, *plan))
+        return await started[-1].start()
+
+    yield run
+    for running in started:
+        await stop(running.keeper)
+        await running.instance.close()
+
+
+async def test_a_restart_that_fails_in_any_way_is_tried_again(
+    run: Callable[..., Any], eventually: Callable[..., Any]
+) -> None:
+    """An engine is somebody else's package: it may raise what it likes, and the next attempt may succeed."""
+    first, last = Slow(), Slow()
+    running = await run(first, TypeError("no such\nargument"), SystemExit(1), last)
+    (before,) = await running.registry.instances()
+    first.die("it broke")
+    await eventually(lambda: len(running.said) == 4)
+    (after,) = await running.registry.instances()
+    assert after.epoch > before.epoch
+    assert running.instance.service.engine is last
+    assert not running.keeper.done()
+    assert [line.partition(";")[0] for line in running.said] == [
+        "it broke",
+        "the engine could not start: TypeError: no such argument",
+        "the engine could not start: SystemExit: 1",
+        f"the engine is back, epoch {after.epoch}",
+    ]
+
+
+async def test_an_end_does_not_wait_for_a_load(run: Callable[..., Any], eventually: Callable[..., Any]) -> None:
+    """However often the keeper is cancelled; and the engine that comes later is closed."""
+    first, late = Slow(), Slow()
+    late.may_come.clear()
+    running = await run(first, late)
+    first.die("it broke")
+    await eventually(lambda: running.instance.loading)
+    await asyncio.wait_for(stop(running.keeper), 10)
+    await asyncio.wait_for(running.instance.close(), 10)
+    assert running.instance.loading
+    assert first.closed.is_set()
+    late.may_come.set()
+    await eventually(late.closed.is_set)
+
+
+async def test_a_first_load_can_be_left(redis: Redis, eventually: Callable[..., Any]) -> None:
+    """As by a signal before the worker is ready."""
+    late = Slow()
+    late.may_come.clear()
+    running = Running(redis, late)
+    loading = asyncio.create_task(running.instance.load())
+    await eventually(lambda: running.instance.loading)
+    await asyncio.wait_for(stop(loading), 10)
+    await asyncio.wait_for(running.instance.close(), 10)
+    late.may_come.set()
+    await eventually(late.closed.is_set)
+
+
+async def test_a_life_comes_to_its_end_though_its_keeper_is_stopped(
+    run: Callable[..., Any], eventually: Callable[..., Any]
+) -> None:
+    """`close` returns when all of it has ended, also where it was the keeper that began to end it."""
+    engine = Slow()
+    engine.may_end.clear()
+    running = await run(engine, Slow())
+    engine.die("it broke")
+
+    async def has_left() -> bool:
+        return await running.registry.instances() == []
+
+    await eventually(has_left)
+    await asyncio.wait_for(stop(running.keeper), 10)
+    closing = asyncio.create_task(running.instance.close())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    engine.may_end.set()
+    await closing
+    assert engine.closed.is_set()
+    assert running.said == []
