@@ -149,7 +149,8 @@ class Sequence:
             self._count(len(token_ids))
         if finish == "cancelled" or finish == "error":
             error = output.error or wire.WireError("engine_failure", "the worker ended the request")
-            self._fail(Retry(error, lost=True))
+            # Any other code is a refusal, which an engine in a process of its own can only send in this way.
+            self._fail(Retry(error, lost=error.code == "engine_failure"))
             return
         stream = self._stream
         taken = stream.tokens

@@ -82,6 +82,15 @@ def refuses(code: wire.ErrorCode, message: str = "no") -> Script:
     return script
 
 
+def refuses_late(code: wire.ErrorCode, message: str = "no") -> Script:
+    """Accept each request and then refuse it after all, as an engine in a process of its own does."""
+
+    def script(worker: "ScriptedWorker", submit: wire.Submit) -> None:
+        worker.emit(wire.Output(submit.rid, [], "error", error=wire.WireError(code, message)))
+
+    return script
+
+
 def silent(worker: "ScriptedWorker", submit: wire.Submit) -> None:
     """Accept requests and say nothing."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import openai
 import pytest
-from scripted_worker import EOS, MAX_CONTEXT, TOKENIZER, ids_of, prompt_of, refuses, says, silent
+from scripted_worker import EOS, MAX_CONTEXT, TOKENIZER, ids_of, prompt_of, refuses, refuses_late, says, silent
 
 from kvstore import wire
 from kvstore.connect import connect
@@ -172,17 +172,21 @@ async def test_migration_can_be_switched_off(cluster, eventually) -> None:
     assert len(failed) == len(worker.submits)
 
 
+@pytest.mark.parametrize("refusal", [refuses, refuses_late])
 @pytest.mark.parametrize("code", sorted(wire.RETRYABLE - {"no_session"}))
-async def test_another_worker_is_tried(cluster, code: wire.ErrorCode) -> None:
-    """A retryable refusal sends the request to another worker."""
-    await cluster.worker(refuses(code))
+async def test_another_worker_is_tried(cluster, code: wire.ErrorCode, refusal: Any) -> None:
+    """A retryable refusal sends the request to another worker, and is no loss of the first, whenever it comes."""
+    await cluster.worker(refusal(code))
     await cluster.worker(says(TEXT))
     router = await cluster.router(placement=PlacementSettings(policy="round-robin"))
     results = [await router.generation.generate(request()) for _ in range(3)]
     assert {r.text for r in results} == {TEXT}
     assert cluster.workers[0].submits
+    lost = refusal is refuses_late and code == "engine_failure"
+    assert set(router.metrics.model("demo").migrations) == {"lost" if lost else code}
 
 
+@pytest.mark.parametrize("refusal", [refuses, refuses_late])
 @pytest.mark.parametrize(
     ("code", "error"),
     [
@@ -192,9 +196,11 @@ async def test_another_worker_is_tried(cluster, code: wire.ErrorCode) -> None:
         ("draining", errors.Unavailable),
     ],
 )
-async def test_what_every_worker_refuses(cluster, code: wire.ErrorCode, error: type[errors.RouterError]) -> None:
+async def test_what_every_worker_refuses(
+    cluster, code: wire.ErrorCode, error: type[errors.RouterError], refusal: Any
+) -> None:
     """The client gets the workers' reason; only retryable ones are tried everywhere, and say when to come back."""
-    workers = [await cluster.worker(refuses(code, "because")) for _ in range(2)]
+    workers = [await cluster.worker(refusal(code, "because")) for _ in range(2)]
     router = await cluster.router()
     with pytest.raises(error, match="because") as caught:
         await router.generation.generate(request())
@@ -204,11 +210,7 @@ async def test_what_every_worker_refuses(cluster, code: wire.ErrorCode, error: t
 
 async def test_an_error_in_mid_stream(cluster) -> None:
     """A request that fails on the worker is tried again elsewhere, and its error is told when it fails everywhere."""
-
-    def script(worker: Any, submit: wire.Submit) -> None:
-        worker.emit(wire.Output(submit.rid, [], "error", error=wire.WireError("engine_failure", "out of memory")))
-
-    await cluster.worker(script)
+    await cluster.worker(refuses_late("engine_failure", "out of memory"))
     router = await cluster.router(max_attempts=3)
     with pytest.raises(errors.WorkerFailed, match="out of memory"):
         await router.generation.generate(request())
