@@ -38,6 +38,15 @@ def test_bfloat16_is_the_default(make: Make, reference: Any, prompts: list[list[
         assert entry.logprob == pytest.approx(row[entry.token_id].item(), abs=0.3)
 
 
+def test_close_gives_the_memory_back(make: Make, prompts: list[list[int]]) -> None:
+    """To the device: the next engine takes its share of what is free there."""
+    driver = make(device="cuda", kv_blocks=4096)
+    driver.generate(prompts[0], max_tokens=4)
+    pool_bytes, before = driver.engine._runner.pool.nbytes, torch.cuda.memory_reserved()
+    driver.engine.close()
+    assert before - torch.cuda.memory_reserved() >= pool_bytes
+
+
 def test_sampling_on_cuda(make: Make, prompts: list[list[int]]) -> None:
     """Every parameter at once runs, and a seed gives the same tokens in another batch."""
     everything = {

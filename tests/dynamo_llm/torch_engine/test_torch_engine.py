@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dynamo_llm.engines import create_engine
 from dynamo_llm.engines.base import Engine, EngineError, EngineRequest, RequestError, StepResult
@@ -171,6 +172,21 @@ def test_cancel_in_order(make: Make) -> None:
     driver.engine.submit(request(1, max_tokens=2))
     driver.run()
     assert driver.finish(1) == "length"
+
+
+def test_close_outlives_a_broken_gpu(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of a GPU is given back; one that has failed cannot even do that, and the engine ends all the same."""
+    asked: list[bool] = []
+
+    def empty_cache() -> None:
+        asked.append(True)
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    engine = make().engine
+    engine._runner._device = torch.device("cuda")
+    engine.close()
+    assert asked
 
 
 def test_close_ends_everything(make: Make) -> None:

@@ -1,5 +1,7 @@
 """Holds model and KV pool on their device, and turns a step's work into tokens. Only the engine's thread calls it."""
 
+import contextlib
+import gc
 import logging
 import os
 from pathlib import Path
@@ -67,8 +69,12 @@ class Runner:
             torch.set_num_threads(self._threads)
 
     def free(self) -> None:
-        """Drop weights and pool."""
+        """Drop weights and pool, and give a GPU's memory back: torch would keep it, and the next engine find none."""
         self._model, self.pool = None, torch.empty(0)
+        if self._device.type == "cuda":
+            gc.collect()  # the traceback of a step that broke holds on to its tensors
+            with contextlib.suppress(RuntimeError):  # a device that has failed does not do even this
+                torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def run(self, work: list[Work], tables: npt.NDArray[np.int32]) -> list[Sampled]:
