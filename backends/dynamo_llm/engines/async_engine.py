@@ -23,9 +23,9 @@ from kvstore.wire import FinishReason, Load, Output, Started, WireError
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-CLOSE_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 7.0
 """Most that `close` waits for the engine's own shutdown before it leaves it behind."""
-_CANCEL_TIMEOUT_S = 5.0
+_CANCEL_TIMEOUT_S = 1.5
 
 
 class _Live:
@@ -304,11 +304,15 @@ class AsyncEngine:
             step_s = self._pace.turn(time.monotonic(), prefill, decode, self._earliest_s)
         self._prefill_tokens = self._decode_tokens = 0
         self._earliest_s = float("inf")
-        self._on_step(
-            StepResult(
-                outputs=outputs, ops=ops, load=self.load(), prefill_tokens=prefill, decode_tokens=decode, step_s=step_s
-            )
+        step = StepResult(
+            outputs=outputs, ops=ops, load=self.load(), prefill_tokens=prefill, decode_tokens=decode, step_s=step_s
         )
+        try:
+            self._on_step(step)
+        except Exception as error:
+            # The boundary to whoever takes the outputs: they are lost, and only its death answers those requests.
+            logger.exception("a step could not be passed on")
+            self._die(f"a step could not be passed on: {error!r}")
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

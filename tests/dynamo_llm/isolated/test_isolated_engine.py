@@ -1,19 +1,26 @@
 """An engine in a process of its own: what happens when that process, or the worker, goes wrong."""
 
+import io
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
+from array import array
 from pathlib import Path
 
+import msgspec
 import pytest
 from engine_driver import Driver
 
+from dynamo_llm.channel import Channel
 from dynamo_llm.engines import create_engine
-from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.base import EngineError, EngineInfo, EngineRequest, StepResult
+from dynamo_llm.engines.isolated import child, messages
 from dynamo_llm.engines.isolated.engine import IsolatedEngine
-from kvstore.wire import SamplingParams
+from kvstore.wire import Load, Output, SamplingParams
 
 MODEL = Path(__file__).parents[3] / "model_repository" / "demo" / "1" / "model"
 LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
@@ -189,3 +196,81 @@ def test_load_counts_what_the_process_has_not_taken_yet(fake):
     assert (engine.load().waiting, engine.load().waiting_prefill_tokens) == (1, 40)
     os.kill(engine.pid, signal.SIGKILL)
     assert_all_failed(driver, [1], "SIGKILL")
+
+
+def test_a_process_that_outlives_it_does_not_hide_its_end(fake):
+    """One of the engine's own, which has inherited its socket and its output."""
+    driver = Driver(fake("ready(); subprocess.Popen(['/bin/sleep', '600'], close_fds=False); time.sleep(600)"))
+    driver.submit(1, [5, 6], LONG)
+    os.kill(driver.engine.pid, signal.SIGKILL)
+    assert_all_failed(driver, [1], "SIGKILL")
+
+
+def test_requests_are_answered_before_the_process_is_gone(fake, monkeypatch):
+    """Nobody waits for what cannot be killed: the answers come first, and `close` returns."""
+    engine = fake("ready(); channel.receive(decode_order); send(Died('out of memory')); time.sleep(600)")
+    driver = Driver(engine)
+    ended = threading.Event()
+    end = engine._process.end
+
+    def slow(grace_s: float = 0.0) -> None:
+        assert ended.wait(WAIT_S)
+        assert grace_s == 0.0
+        end()
+
+    monkeypatch.setattr(engine._process, "end", slow)
+    driver.submit(1, [5, 6], LONG)
+    (outputs,) = driver.finish(1)
+    assert outputs[-1].error.message == "out of memory"
+    assert driver.deaths.empty()
+    ended.set()
+    assert driver.deaths.get(timeout=WAIT_S) == "out of memory"
+    engine.close()
+
+
+def test_a_log_that_is_gone_ends_nothing(fake, monkeypatch):
+    """The engine is bound to the thread that started it, which must not die of a closed standard error."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    engine = fake("print('one\\ntwo', flush=True); ready(); channel.receive(decode_order); send(Closed())")
+    engine.close()
+    assert engine._process.last_words() == "; its last line: two"
+
+
+class _Quick:
+    """An engine whose only step comes before `submit` returns."""
+
+    info = EngineInfo(
+        name="quick", version="1", model="demo", block_size=16, kv_blocks=8, max_context=64, vocab_size=64,
+        eos_token_ids=(),
+    )  # fmt: skip
+
+    def start(self, on_step, on_death):
+        self._on_step = on_step
+
+    def submit(self, request):
+        output = Output(request.key, [1], "length")
+        self._on_step(StepResult(outputs=[output], ops=[], load=Load()))
+
+    def load(self):
+        return Load()
+
+    def close(self):
+        pass
+
+
+def test_a_request_is_counted_as_taken_before_its_first_step():
+    """Or the worker would take an idle engine for a busy one."""
+    ours, theirs = (Channel(end) for end in socket.socketpair())
+    order = EngineRequest(key=1, token_ids=array("I", [5]).tobytes(), sampling=LONG)
+    ours.send(messages.encode(messages.Submit(1, msgspec.Raw(messages.encode(order)))))
+    ours.send(messages.encode(messages.Close()))
+    assert child._Child(_Quick(), theirs).serve()
+    reports = [ours.receive(messages.decode_report) for _ in range(3)]
+    assert reports[1].taken == 1
+    for end in (ours, theirs):
+        end.close()

@@ -68,6 +68,7 @@ class _Child:
 
     def _submit(self, order: Submit) -> None:
         error: WireError | None = None
+        self._taken += 1  # first: its only step may be sent before `submit` returns
         try:
             self._engine.submit(messages.decode_request(order.request))
         except RequestError as refusal:
@@ -78,14 +79,13 @@ class _Child:
             # The engine's boundary: a bug in it must not take the other requests with it.
             logger.exception("the engine could not take a request")
             error = WireError("engine_failure", f"the engine could not take the request: {bug!r}")
-        self._taken += 1
         if error is not None:
             self._on_step(
                 StepResult(outputs=[Output(order.key, [], "error", error=error)], ops=[], load=self._engine.load())
             )
 
     def _on_step(self, result: StepResult) -> None:
-        taken = self._taken  # before the load: what comes between is counted twice for a step, rather than not at all
+        taken = self._taken  # one that is being submitted just now is counted by its own first step
         self._send(Stepped(result, taken, self._engine.load()))
 
     def _on_death(self, reason: str) -> None:
@@ -121,7 +121,9 @@ def main(handle: int, parent: int) -> int:
     _die_with(parent)
     faulthandler.enable()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    channel = Channel(socket.socket(fileno=handle))
+    end = socket.socket(fileno=handle)
+    end.set_inheritable(False)  # a process of the engine's that outlives us must not hold it
+    channel = Channel(end)
     channel.send(messages.encode(Hello(messages.PROTOCOL, messages.own_version())))
     order = channel.receive(messages.decode_order)
     if not isinstance(order, Create):

@@ -135,6 +135,7 @@ class IsolatedEngine:
                     logger.warning("the engine's process did not end within %g s and is killed", CLOSE_LIMIT_S)
                     self._process.end()
                     self._reader.join()
+            self._process.hang_up()  # a process that could not be killed must not hold the outbox
             self._outbox.close()
             self._channel.close()
 
@@ -181,8 +182,6 @@ class IsolatedEngine:
             self._keys.clear()
             self._unseen.clear()
             self._load = Load(kv_blocks_total=self.info.kv_blocks)
-        # All its memory is free before anybody is told, and may start the next one.
-        self._process.end(_EXIT_S)
         finish: FinishReason = "cancelled" if closing else "error"
         error = None if closing else WireError("engine_failure", reason)
         outputs = [Output(key, [], finish, error=error) for key in left]
@@ -191,6 +190,11 @@ class IsolatedEngine:
         except Exception:
             # What broke before may break again; the worker must be told in any case.
             logger.exception("requests in flight could not be answered one by one")
+        try:
+            self._process.end(_EXIT_S if closing else 0.0)  # its memory is free before another engine is made
+        except Exception:
+            # As above.
+            logger.exception("what the engine's process left behind could not be ended")
         if not closing:
             on_death(reason)
 

@@ -1,11 +1,15 @@
 """The engine's process: its start, its words, its end and the end of all that it started. `engine.py` owns one.
 
+Its end is what the kernel says of the process itself: a process of its own that outlives it may hold on to the socket
+and the pipe.
+
 It ends with us in any case: it asks the kernel for a signal at our death (`child.py`), sees the end of the socket, and
 a guard process removes whatever is left, its own children among it. In an orderly end we do that ourselves, so that
 the memory which they held is free when a next engine starts.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -13,7 +17,6 @@ import subprocess
 import sys
 import threading
 import uuid
-from typing import IO
 
 from dynamo_llm import process_tree
 from dynamo_llm.child_io import is_chatter
@@ -26,6 +29,10 @@ _WORDS = 300
 """Characters of its last line that a reason repeats."""
 _REST_S = 2.0
 """How long its last lines may take after its end."""
+_KILL_LIMIT_S = 5.0
+"""How long it may take to die when it is killed: one that waits for a device or a disk may never."""
+
+logger = logging.getLogger(__name__)
 
 
 class EngineProcess:
@@ -39,6 +46,7 @@ class EngineProcess:
         self._lock = threading.Lock()
         self._ended = False
         self._spawned = threading.Event()
+        self._gone = threading.Event()
         self._failure: OSError | None = None
         self._process: subprocess.Popen[bytes]
         self.socket, theirs = socket.socketpair()
@@ -61,13 +69,19 @@ class EngineProcess:
         with self._lock:
             if self._ended:
                 return
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace_s)
+            self._ended = True
+            self._gone.wait(grace_s)
             process_tree.reap(self._mark, group=self.pid)
-            self._process.wait()
+            if not self._gone.wait(_KILL_LIMIT_S):
+                logger.error("the engine's process (pid %d) cannot be killed and is left behind", self.pid)
+            self.hang_up()
             self._guard.release()
             self._keeper.join(_REST_S)
-            self._ended = True
+
+    def hang_up(self) -> None:
+        """Whoever sends to it or receives from it comes to an end; what has come already can still be received."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def kill(self) -> None:
         """At once, whoever is waiting in `end`."""
@@ -76,14 +90,10 @@ class EngineProcess:
 
     def story(self, grace_s: float) -> str:
         """How it ended and what it said last, in one line; ends it."""
-        by_itself = True
-        try:
-            self._process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            by_itself = False
+        by_itself = self._gone.wait(grace_s)
         self.end()
         code = self._process.returncode
-        if not by_itself:
+        if not by_itself or code is None:
             how = "closed its connection"
         elif code < 0:
             how = f"was killed by {_signal_name(-code)}"
@@ -114,19 +124,24 @@ class EngineProcess:
             return
         finally:
             self._spawned.set()
+        words = threading.Thread(target=self._pass_on, name="engine-words", daemon=True)
+        words.start()
+        self._process.wait()
+        self._gone.set()
+        self.hang_up()
+        words.join(_REST_S)
+
+    def _pass_on(self) -> None:
         assert self._process.stdout is not None  # it is a pipe
         with self._process.stdout as lines:
-            self._pass_on(lines)
-        self._process.wait()
-
-    def _pass_on(self, lines: IO[bytes]) -> None:
-        while line := lines.readline(_MAX_LINE):
-            text = line.decode(errors="replace").rstrip()
-            if not text:
-                continue
-            if not is_chatter(text):
-                self._last_line = " ".join(text.split())
-            print(f"engine {self.pid} | {text}", file=sys.stderr, flush=True)
+            while line := lines.readline(_MAX_LINE):
+                text = line.decode(errors="replace").rstrip()
+                if not text:
+                    continue
+                if not is_chatter(text):
+                    self._last_line = " ".join(text.split())
+                with contextlib.suppress(OSError, ValueError):  # our own log is gone; the engine must not hang for it
+                    print(f"engine {self.pid} | {text}", file=sys.stderr, flush=True)
 
 
 def _signal_name(number: int) -> str:
