@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -13,6 +13,9 @@ from kvstore.cards import Role
 
 MODEL_NAME_LIMIT = 48
 """Unix sockets of the Triton host carry the model's name, and a socket's path holds 107 bytes."""
+
+Dialect = Literal["vllm", "tensorrtllm"]
+"""Whose clients a public model is for: vllm_backend's or tensorrtllm_backend's."""
 
 _Port = Annotated[int, Meta(ge=0, le=65535)]
 _Seconds = Annotated[float, Meta(gt=0)]
@@ -40,6 +43,11 @@ class WorkerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A Hugging Face folder, or an entry of a Triton model repository (see `resolve_model`)."""
     model_name: str = ""
     """Name that clients use; empty: the folder's."""
+    dialect: Dialect = "vllm"
+    """The one that the model itself speaks; the other one is served as its companion (see `public.tensors.faces`)."""
+    exclude_input_in_output: bool = False
+    """Whether tensorrtllm_backend's clients get the answer without the prompt where they do not say, as Triton's OpenAI
+    frontend does not for chats. Called as in that backend's configuration."""
     engine: str = "torch"
     engine_options: dict[str, Any] = {}
     """Passed to the engine untouched."""

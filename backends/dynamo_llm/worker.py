@@ -28,7 +28,6 @@ from dynamo_llm.hosts.base import HostError, PublicModels, tokenizer_of
 from dynamo_llm.hosts.pytriton import PyTritonHost, scratch_folder
 from dynamo_llm.instance import CreateEngine, Instance, create, tell
 from dynamo_llm.metrics import Joined, MetricsServer
-from dynamo_llm.public_model import PublicModel
 from dynamo_llm.service import Service
 from kvstore import model_files
 from kvstore.cards import InstanceCard
@@ -183,11 +182,10 @@ class _Worker:
         config = self._config
         tokenizer = await asyncio.to_thread(tokenizer_of, files)
         services = {instance.name: instance.service for instance in self._instances}
-        public = PublicModels({service: PublicModel(service, tokenizer) for service in services.values()})
+        public = PublicModels(self._model, services.values(), tokenizer, config.dialect, config.exclude_input_in_output)
         host = PyTritonHost(
             services,
             public,
-            model=self._model,
             folder=self._scratch,
             host=config.host,
             grpc_port=config.grpc_port,

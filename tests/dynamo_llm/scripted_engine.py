@@ -1,7 +1,8 @@
 """An engine that generates what the prompt says: below the `Engine` boundary, for tests of the service and its hosts.
 
 A request's tokens count up from its last prompt token: prompt [.., 5] gives 6, 7, 8, … . It steps by itself on a
-thread, each step after a pause of `step_s`, or, with `step_s` None, only when a test calls `step`.
+thread, each step after a pause of `step_s`, or, with `step_s` None, only when a test calls `step`. Logprobs are -1 for
+the token and -2, -3, … for the likeliest ones behind it.
 """
 
 import threading
@@ -28,7 +29,9 @@ class _Running:
 class ScriptedEngine:
     """See the module's docstring. `refuse` names an error for each further submission."""
 
-    def __init__(self, model: str = "demo", step_s: float | None = None, vocab_size: int = 4096) -> None:
+    def __init__(
+        self, model: str = "demo", step_s: float | None = None, vocab_size: int = 4096, takes: tuple[str, ...] = ()
+    ) -> None:
         self.info = EngineInfo(
             name="scripted",
             version="1",
@@ -40,6 +43,9 @@ class ScriptedEngine:
             eos_token_ids=(0,),
         )
         self.cancelled: list[int] = []
+        self.submitted: list[EngineRequest] = []
+        self.takes = takes
+        """Names of `sampling.extra` that it does not refuse."""
         self.refuse: Exception | None = None
         self.steps = 0
         self._step_s = step_s
@@ -62,6 +68,10 @@ class ScriptedEngine:
             raise self.refuse
         if len(request.token_ids) // 4 >= self.info.max_context:
             raise RequestError("context_length_exceeded", f"at most {self.info.max_context} tokens")
+        for name in request.sampling.extra:
+            if name not in self.takes:
+                raise RequestError("invalid_request", f"unknown sampling option {name!r}")
+        self.submitted.append(request)
         with self._lock:
             self._running[request.key] = _Running(request)
 
@@ -102,7 +112,9 @@ class ScriptedEngine:
         running.fresh = False
         running.left -= 1
         token, running.next_token = running.next_token, running.next_token + 1
-        logprobs = [TokenLogprob(token, -1.0)] if running.request.sampling.logprobs is not None else None
+        most = running.request.sampling.logprobs
+        top = [(token + rank, -1.0 - rank) for rank in range(most or 0)]
+        logprobs = None if most is None else [TokenLogprob(token, -1.0, top)]
         return Output(key, [token], "length" if not running.left else None, logprobs, started)
 
     def _loop(self) -> None:

@@ -163,6 +163,12 @@ def test_workers_get_the_engines_interpreter() -> None:
     assert "--python" not in _plan().worker(1).argv
 
 
+def test_the_dialect_is_passed_on() -> None:
+    """As `--dialect` of each worker."""
+    argv = _plan(dialect="tensorrtllm").worker(1).argv
+    assert argv[argv.index("--dialect") + 1] == "tensorrtllm"
+
+
 def _plan(**more: object) -> Plan:
     values = {
         "model_path": "/models/m",
@@ -170,6 +176,7 @@ def _plan(**more: object) -> Plan:
         "engine": "torch",
         "engine_options": {},
         "python": "",
+        "dialect": "vllm",
         "mode": "agg",
         "workers": 2,
         "host": "127.0.0.1",

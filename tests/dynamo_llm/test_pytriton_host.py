@@ -23,7 +23,6 @@ from dynamo_llm.hosts import pytriton
 from dynamo_llm.hosts.base import HostError, PublicModels
 from dynamo_llm.hosts.pytriton import PyTritonHost, _ports, scratch_folder
 from dynamo_llm.metrics import Metrics
-from dynamo_llm.public_model import PublicModel
 from dynamo_llm.service import Limits, Service
 from kvstore.text import Tokenizer
 from kvstore.wire import Cancel, Close, Refused
@@ -32,8 +31,8 @@ MODEL_FOLDER = Path(__file__).parents[2] / "model_repository/demo/1/model"
 
 
 def serve(service: Service, tokenizer: Tokenizer | None, folder: Path, **options: Any) -> PyTritonHost:
-    public = PublicModels({service: PublicModel(service, tokenizer)})
-    return PyTritonHost({"demo": service}, public, model="demo", folder=folder, **options)
+    public = PublicModels("demo", [service], tokenizer)
+    return PyTritonHost({"demo": service}, public, folder=folder, **options)
 
 
 class Rig:
@@ -254,13 +253,44 @@ def test_a_stop_string_ends_the_answer(rig: Rig, stream: Callable[..., list[Any]
     assert bytes(answer.as_numpy("finish_reason")[0]) == b"stop"
 
 
+def test_tensors_with_a_batch_in_front(rig: Rig) -> None:
+    """As clients of tensorrtllm_backend send them, to the model of that name."""
+    tensor = triton.InferInput("input_ids", [1, 2], "INT32")
+    tensor.set_data_from_numpy(np.array([[5, 6]], np.int32))
+    count = triton.InferInput("request_output_len", [1, 1], "INT32")
+    count.set_data_from_numpy(np.array([[3]], np.int32))
+    results: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    with triton.InferenceServerClient(rig.grpc_address) as client:
+        client.start_stream(lambda result, error: results.put((result, error)))
+        client.async_stream_infer("demo.trtllm", [tensor, count])
+        result, error = results.get(timeout=10.0)
+    assert error is None
+    assert result.as_numpy("output_ids").tolist() == [[[5, 6, 7, 8, 9]]]
+
+
+def test_stop_by_tritons_own_request_id(rig: Rig) -> None:
+    """As clients of tensorrtllm_backend cancel: `stop` under the id of the request, on the same stream."""
+    results: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    with triton.InferenceServerClient(rig.grpc_address) as client:
+        client.start_stream(lambda result, error: results.put((result, error)))
+        prompt = [_input("input_ids", [300], "INT32", np.int32), _flag("stream"), _flag("return_finish_reason")]
+        client.async_stream_infer("demo", prompt, request_id="7", parameters={"max_tokens": 900})
+        assert results.get(timeout=10.0)[1] is None
+        client.async_stream_infer("demo", [_flag("stop")], request_id="7", enable_empty_final_response=True)
+        reasons = []
+        while b"cancelled" not in reasons:
+            result, error = results.get(timeout=10.0)
+            assert error is None
+            reasons += list(result.as_numpy("finish_reason")) if result.as_numpy("finish_reason") is not None else []
+
+
 @pytest.mark.parametrize(
     ("inputs", "parameters", "message"),
     [
         ([_text("text_input", "Hi")], {"temprature": 1}, "did you mean 'temperature'"),
         ([_text("text_input", "Hi")], {"temperature": "hot"}, "temperature"),
         ([_text("text_input", "Hi"), _text("sampling_parameters", "{")], {}, "no JSON object"),
-        ([_text("text_input", "Hi")], {"n": 2}, "n must be 1"),
+        ([_text("text_input", "Hi")], {"n": 0}, "sampling parameters: "),
         ([_count(3)], {}, "either text_input or input_ids"),
         (
             [_text("text_input", "Hi"), _input("input_ids", [1], "INT32", np.int32)],

@@ -32,7 +32,7 @@ PROGRAM = str(Path(__file__).parent / "tritonserver_process.py")
 START_S = 90.0
 RUNNING = 'dynamo_llm_worker_requests_running{model="demo",version="1"}'
 CANCELLED = 'dynamo_llm_worker_requests_total{finish_reason="cancelled",model="demo",version="1"}'
-NAMES = ("demo", "demo.control", "demo.session")
+NAMES = ("demo", "demo.control", "demo.session", "demo.trtllm")
 ALL_VERSIONS = "version_policy: { all: {} }\n"
 
 
@@ -181,12 +181,13 @@ async def test_versions(start: Any) -> None:
 
 
 async def test_without_model_control_companions_are_entries(start: Any) -> None:
-    """Where Triton does not let a model load others, two entries of one line bring the companions."""
+    """Where Triton does not let a model load others, entries of two lines bring the companions."""
 
     def make(folder: Path, **options: Any) -> None:
         make_entry(folder, options)
-        for suffix in ("control", "session"):
-            make_entry(folder, {"model_name": f"demo.{suffix}"})
+        of_demo = 'parameters: { key: "companion_of" value: { string_value: "demo" } }'
+        for suffix in ("control", "session", "trtllm"):
+            make_entry(folder, {"model_name": f"demo.{suffix}"}, config=of_demo)
 
     site = await start(make, control_mode="none")
     (card,) = (await site.cards()).values()
@@ -195,6 +196,7 @@ async def test_without_model_control_companions_are_entries(start: Any) -> None:
     await router.frame()
     assert await router.run(submit(1, 10, 3)) == {1: [11, 12, 13]}
     await router.channel.close()
+    assert site.ask("demo.trtllm", exclude_input_in_output=True) == [11, 12, 13, 14, 15]
     site.worker.process.terminate()
     assert site.worker.wait() == 0
     assert await site.cards() == {}
@@ -254,9 +256,14 @@ async def test_an_option_that_is_wrong_is_named(start: Any, tmp_path: Path) -> N
     site = await start(one_entry)
     make_entry(tmp_path / "repository", {"model_name": "other", "engin": "mock"})
     make_entry(tmp_path / "repository", {"model_name": "many"}, config="instance_group: { count: 2 }\n")
+    make_entry(tmp_path / "repository", {"model_name": "said", "dialect": "tensorrtllm"})
+    of_demo = 'parameters: { key: "companion_of" value: { string_value: "demo" } }'
+    make_entry(tmp_path / "repository", {"model_name": "demo.else"}, config=of_demo)
     for name, text in {
         "other": "other cannot be loaded: unknown option 'engin'; did you mean 'engine'?",
         "many": "many cannot be loaded: one engine serves a model: instance_group must be",
+        "said": "said cannot be loaded: dialect must be a parameter of config.pbtxt",
+        "demo.else": "demo.else is no companion of demo: there are demo.control, demo.session, demo.trtllm",
     }.items():
         with pytest.raises(InferenceServerException):
             site.client.load_model(name)

@@ -389,3 +389,15 @@ async def test_what_cannot_start_says_so_in_one_line(start: Start, options: dict
     assert line.startswith("dynamo-llm worker: cannot start: ")
     assert message in line
     assert worker.nothing_left
+
+
+async def test_the_models_dialect_is_an_option(start: Start) -> None:
+    """The model's own name takes what tensorrtllm_backend's clients send, and leaves the prompt out as told."""
+    worker = await start(dialect="tensorrtllm", exclude_input_in_output=True)
+    url = f"http://{worker.fields['http']}/v2/models/demo"
+    ids = {"input_ids": [5], "max_tokens": 2}
+    status, text = get(f"{url}/generate", json.dumps(ids).encode())
+    assert (status, json.loads(text)["output_ids"], json.loads(text)["sequence_length"]) == (200, [6, 7], 2)
+    status, text = get(f"{url}.vllm/generate", json.dumps(ids).encode())
+    assert (status, json.loads(text)["output_ids"]) == (200, [6, 7])
+    assert "sequence_length" not in json.loads(text)

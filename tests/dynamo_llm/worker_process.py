@@ -31,7 +31,7 @@ class SteeredEngine(ScriptedEngine):
     unstartable = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, takes=("wait",), **options)
         self._waiting: dict[int, EngineRequest] = {}
 
     def start(self, on_step: Callable[[StepResult], None], on_death: Callable[[str], None]) -> None:

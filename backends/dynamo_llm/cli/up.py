@@ -59,6 +59,13 @@ class Mode(str, Enum):
     agg_router = "agg-router"
 
 
+class Dialect(str, Enum):
+    """`WorkerConfig.dialect`."""
+
+    vllm = "vllm"
+    tensorrtllm = "tensorrtllm"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to run, checked."""
@@ -68,6 +75,7 @@ class Plan:
     engine: str
     engine_options: dict[str, Any]
     python: str
+    dialect: str
     mode: str
     workers: int
     host: str
@@ -95,7 +103,7 @@ class Plan:
         for key, value in {**self._share(), **self.engine_options}.items():
             argv += ["--engine-option", f"{key}={json.dumps(value)}"]
         argv += ["--python", self.python] if self.python else []
-        argv += ["--drain-timeout", f"{self.drain_timeout_s:g}"]
+        argv += ["--dialect", self.dialect, "--drain-timeout", f"{self.drain_timeout_s:g}"]
         return self._child(f"worker-{number}", argv, _gpu_of(number))
 
     def _child(self, name: str, argv: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> ChildSpec:
@@ -142,6 +150,9 @@ def up(
             show_default="the workers' own processes",
         ),
     ] = "",
+    dialect: Annotated[
+        Dialect, typer.Option(help="Whose Triton clients the model's name is for, on the workers.")
+    ] = Dialect.vllm,
     workers: Annotated[int, typer.Option(min=1, help="Workers to run.", rich_help_panel="Cluster")] = 1,
     mode: Annotated[
         Mode, typer.Option(help="Round robin, or where the prefix is cached.", rich_help_panel="Cluster")
@@ -197,8 +208,8 @@ def up(
     if not redis:
         checks.check_embedded_redis()
     plan = Plan(
-        str(folder), name, engine, options, python, mode.value, workers, host, http_port, grpc_port, redis, "",
-        namespace, drain_timeout, start_timeout, verbose,
+        str(folder), name, engine, options, python, dialect.value, mode.value, workers, host, http_port, grpc_port,
+        redis, "", namespace, drain_timeout, start_timeout, verbose,
     )  # fmt: skip
     try:
         code = asyncio.run(_run(plan, Progress(verbose=verbose)))

@@ -67,6 +67,14 @@ def worker(
         int | None,
         typer.Option(help="Engines in this worker, each an instance to routers.", show_default=f"{_DEFAULT.instances}"),
     ] = None,
+    dialect: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose Triton clients the model's name is for, vllm or tensorrtllm; the others have one beside it.",
+            show_default=_DEFAULT.dialect,
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with any of these options.", metavar="FILE", dir_okay=False)
     ] = None,
@@ -144,6 +152,7 @@ def worker(
         "engine": engine,
         "python": python,
         "instances": instances,
+        "dialect": dialect,
         "redis_url": redis,
         "namespace": namespace,
         "role": role,

@@ -1,12 +1,14 @@
 """What the hosts have in common: each puts services and their public model on the wire."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
-from dynamo_llm.config import ConfigError
-from dynamo_llm.public_model import PublicModel, Tensors
+from dynamo_llm.config import ConfigError, Dialect
+from dynamo_llm.public.running import Running
+from dynamo_llm.public.tensors import Face, Tensors, faces
+from dynamo_llm.public_model import PublicModel
 from dynamo_llm.service import Service
 from kvstore.text import Tokenizer
 
@@ -25,7 +27,7 @@ def refuse_numpy_2(version: str = np.__version__) -> None:
 
 
 class Host(Protocol):
-    """A Triton server with the models `M`, `M.control` and `M.session`. `start` and `stop` block, for seconds."""
+    """A Triton server with the public models, `M.control` and `M.session`. `start` and `stop` block, for seconds."""
 
     grpc_port: int
     http_port: int
@@ -50,10 +52,26 @@ def tokenizer_of(files: dict[str, bytes]) -> Tokenizer | None:
 
 
 class PublicModels:
-    """The public model over several instances: a request goes to the one that has least to do."""
+    """The public model over several instances: a request goes to the one that has least to do.
 
-    def __init__(self, by_service: Mapping[Service, PublicModel]) -> None:
-        self._by_service = by_service
+    A request can be stopped by its id whichever instance it went to, and under whichever name either came in.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        services: Iterable[Service],
+        tokenizer: Tokenizer | None,
+        dialect: Dialect = "vllm",
+        exclude_input: bool = False,
+    ) -> None:
+        """`dialect` and `exclude_input` as in `WorkerConfig`: `dialect`, `exclude_input_in_output`."""
+        self.faces: list[Face] = faces(model, dialect)
+        """What the host serves, all of them by `generate`."""
+        running = Running()
+        self._by_service = {
+            service: PublicModel(service, tokenizer, running, exclude_input=exclude_input) for service in services
+        }
 
     def generate(self, tensors: Mapping[str, Any], parameters: Mapping[str, Any]) -> AsyncGenerator[Tensors, None]:
         """As `PublicModel.generate`."""

@@ -36,7 +36,7 @@ from pytriton.triton import Triton, TritonConfig, TritonLifecyclePolicy, TritonS
 
 from dynamo_llm import libpython
 from dynamo_llm.hosts.base import HostError, PublicModels, refuse_numpy_2
-from dynamo_llm.public_model import INPUTS, OUTPUTS
+from dynamo_llm.public.tensors import Face
 from dynamo_llm.service import Service, ServiceError
 from kvstore.wire import CONTROL_SUFFIX, PAYLOAD, SESSION_SUFFIX
 
@@ -72,13 +72,12 @@ class PyTritonHost:
         services: Mapping[str, Service],
         public: PublicModels,
         *,
-        model: str,
         folder: Path,
         host: str = "127.0.0.1",
         grpc_port: int = 0,
         http_port: int = 0,
     ) -> None:
-        """`services` by the name before `.control` and `.session`; `public` is the model itself.
+        """`services` by the name before `.control` and `.session`; `public` is the model itself and its companion.
 
         `folder` is for the server's files (`scratch_folder`). Port 0: a free one."""
         self.grpc_port = grpc_port
@@ -86,7 +85,6 @@ class PyTritonHost:
         self.on_death: Callable[[str], None] = lambda reason: None
         self._services = services
         self._public = public
-        self._model = model
         self._host = host
         self._folder = folder
         self._server: _Server | None = None
@@ -148,9 +146,11 @@ class PyTritonHost:
             raise HostError(f"the Triton server ended: {_last_line(log)}")
 
     def _bind(self, server: Triton) -> None:
-        inputs = [Tensor(name=name, dtype=dtype, shape=shape, optional=True) for name, dtype, shape in INPUTS]
-        outputs = [Tensor(name=name, dtype=dtype, shape=shape) for name, dtype, shape in OUTPUTS]
-        server.bind(self._model, self._generate, inputs, outputs, config=_DECOUPLED)
+        for face in self._public.faces:
+            inputs = [Tensor(name=name, dtype=dtype, shape=shape, optional=True) for name, dtype, shape in face.inputs]
+            outputs = [Tensor(name=name, dtype=dtype, shape=shape) for name, dtype, shape in face.outputs]
+            server.bind(face.model, self._generate, inputs, outputs, config=_config(face))
+            server.hand_on_ids(face.model)
         for name, service in self._services.items():
             door = _Door(service)
             server.bind(name + CONTROL_SUFFIX, door.control, _PAYLOAD, _PAYLOAD, config=_UNARY)
@@ -193,6 +193,12 @@ class _Server(Triton):  # type: ignore[misc]  # pytriton has no types
 
     on_exit: Callable[[], None] = staticmethod(lambda: None)
 
+    def hand_on_ids(self, model: str) -> None:
+        """See `pytriton_stub.py`. To be called between `bind` and `launch`."""
+        folder = self._model_manager._model_store_path / model / "1"
+        (folder / "model.py").rename(folder / "pytriton_model.py")
+        shutil.copy(Path(__file__).with_name("pytriton_stub.py"), folder / "model.py")
+
     def launch(self) -> None:
         """Start the server's process without waiting for it: PyTriton would wait for a dead one, too."""
         self._run_server()
@@ -224,6 +230,12 @@ class _Server(Triton):  # type: ignore[misc]  # pytriton has no types
 
     def _on_tritonserver_exit(self, *_: Any) -> None:
         self.on_exit()
+
+
+def _config(face: Face) -> ModelConfig:
+    if face.max_batch_size:
+        return ModelConfig(max_batch_size=face.max_batch_size, batcher=None, decoupled=True)
+    return _DECOUPLED
 
 
 def _tensor(payload: bytes) -> dict[str, Any]:

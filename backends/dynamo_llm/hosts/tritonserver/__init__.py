@@ -1,18 +1,20 @@
 """Serves the models on a plain tritonserver: Triton's python backend loads `../../model.py`, which calls what is here.
 
-Three Triton models make one instance, each in a stub process of its own:
+Four Triton models make one instance, each in a stub process of its own:
 
 - `M` (`worker_model.py`): the engine, its service, the public model. It has the instance's place in the registry, and
-  loads the other two (docs/triton.md says how they come where Triton does not let it).
-- `M.control` and `M.session` (`companions.py`): they hand on to `M` what routers send, over a local socket (`link.py`).
+  loads the others (docs/triton.md says how they come where Triton does not let it).
+- `M.control`, `M.session` and `M.trtllm` (`companions.py`): they hand on to `M` what routers, and clients of the other
+  dialect, send, over a local socket (`link.py`).
 
 `launcher.py` runs the tritonserver that PyTriton carries, for `dynamo-llm tritonserver`. Nothing here imports Triton's
 module for Python models: `model.py` passes it in.
 """
 
+import json
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvstore.wire import CONTROL_SUFFIX, SESSION_SUFFIX
+from dynamo_llm.hosts.tritonserver.model_config import COMPANION_OF, complete, parameter
 
 if TYPE_CHECKING:
     from dynamo_llm.instance import CreateEngine
@@ -32,20 +34,19 @@ class TritonModel(Protocol):
 
 def auto_complete(config: Any) -> Any:
     """Tensors and transaction policy of the model that an operator's few lines name."""
-    from dynamo_llm.hosts.tritonserver.model_config import complete
-
     return complete(config)
 
 
 def open_model(arguments: dict[str, str], triton: Any, create: "CreateEngine | None" = None) -> TritonModel:
-    """The model that Triton loads: `M` itself, or a companion of it by its name. Raises Triton's own exception with one
-    line. `triton` is the module `triton_python_backend_utils`; `create` makes the engine, else the options name it."""
-    name = arguments["model_name"]
-    for suffix in (CONTROL_SUFFIX, SESSION_SUFFIX):
-        if name.endswith(suffix):
-            from dynamo_llm.hosts.tritonserver import companions
+    """The model that Triton loads: `M` itself, or a companion of it. Raises Triton's own exception with one line.
 
-            return companions.open_companion(name, suffix, triton)
+    `triton` is the module `triton_python_backend_utils`; `create` makes the engine, else the options name it.
+    """
+    owner = parameter(json.loads(arguments["model_config"]), COMPANION_OF)
+    if owner:
+        from dynamo_llm.hosts.tritonserver.companions import open_companion
+
+        return open_companion(arguments["model_name"], owner, triton)
     from dynamo_llm.hosts.tritonserver.worker_model import open_worker  # torch may come with it
 
     return open_worker(arguments, triton, create)

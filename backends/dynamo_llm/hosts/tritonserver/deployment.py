@@ -18,16 +18,15 @@ from typing import Any, TypeVar
 import msgspec
 
 from dynamo_llm.card import make_card, own_address
-from dynamo_llm.config import resolve_model
+from dynamo_llm.config import ConfigError, resolve_model
 from dynamo_llm.engines.base import Engine
 from dynamo_llm.hosts.base import PublicModels, tokenizer_of
-from dynamo_llm.hosts.tritonserver import model_config, options
+from dynamo_llm.hosts.tritonserver import model_config, options, translate
 from dynamo_llm.hosts.tritonserver.figures import Figures
 from dynamo_llm.hosts.tritonserver.link import CallError, LinkLost, LinkServer, Method, Status, ask_once, link_name
 from dynamo_llm.hosts.tritonserver.place import Place
 from dynamo_llm.hosts.tritonserver.repository import Repository, RepositoryError
 from dynamo_llm.instance import CreateEngine, Instance
-from dynamo_llm.public_model import PublicModel
 from dynamo_llm.service import Service, ServiceError
 from kvstore import model_files
 from kvstore.cards import InstanceCard
@@ -36,7 +35,6 @@ from kvstore.errors import StoreUnavailable
 from kvstore.keys import Keys
 from kvstore.registry import Registry
 from kvstore.tasks import Backoff, spawn, stop
-from kvstore.wire import CONTROL_SUFFIX, SESSION_SUFFIX
 
 _REDIS_TIMEOUT_S = 20.0
 """How long a load waits for Redis: the operator who asked for it waits, too."""
@@ -55,6 +53,8 @@ class Deployment:
         self._place = place
         self._triton = triton
         self._config = options.read(place.served_as, place.folder, place.parameters, place.server)
+        if self._config.dialect != (model_config.parameter(place.config, "dialect") or "vllm"):
+            raise ConfigError("dialect must be a parameter of config.pbtxt: Triton wants to know it beforehand")
         self._address = own_address(self._config)
         self._folder, self._model = resolve_model(self._config.model_path, self._config.model_name)
         self._files = model_files.read(self._folder)
@@ -109,7 +109,9 @@ class Deployment:
         registry = Registry(redis, Keys(config.key_prefix, config.namespace))
         await instance.begin(registry)
         service = instance.service
-        self.public = PublicModels({service: PublicModel(service, self._tokenizer)})
+        self.public = PublicModels(
+            place.name, [service], self._tokenizer, config.dialect, config.exclude_input_in_output
+        )
         await self._take_over()
         self._watch(service)
         figures = Figures(self._triton, instance.metrics, model=place.model, version=place.version)
@@ -133,6 +135,7 @@ class Deployment:
         methods: dict[str, Method] = {
             "control": _once(lambda payload: service.control(payload)),
             "session": _translated(service.frames),
+            "generate": _translated(self._generate),
             "status": _once(lambda _: self._status()),
             "drain": self._drain,
             "hand_over": self._hand_over,
@@ -203,6 +206,12 @@ class Deployment:
 
     # --- calls over the link -----------------------------------------------------------------------------------------
 
+    async def _generate(self, payload: bytes) -> AsyncGenerator[bytes, None]:
+        request = translate.decode_request(payload)
+        async with aclosing(self.public.generate(translate.unpack(request.tensors), request.parameters)) as answers:
+            async for answer in answers:
+                yield translate.encode(translate.pack(answer))
+
     def _status(self) -> bytes:
         if not self._registered:
             return b""
@@ -231,11 +240,12 @@ class Deployment:
             await asyncio.sleep(_POLL_S)
 
     async def _companions_ready(self) -> None:
-        """Load them; where Triton does not let us, wait for those of the operator."""
-        names = [self._place.name + suffix for suffix in (CONTROL_SUFFIX, SESSION_SUFFIX)]
+        """Load them; where Triton does not let us, wait for those of the operator that routers need."""
+        names = model_config.companions(self._place.name, self._config.dialect)
         if self._place.explicit:
             for name in names:
                 await asyncio.to_thread(self._load, name)
+        names = names[:2]
         patience_s, told = time.monotonic() + _COMPANIONS_PATIENCE_S, False
         while missing := [name for name in names if not await asyncio.to_thread(self._repository.is_ready, name)]:
             if not told and time.monotonic() > patience_s:
@@ -247,7 +257,7 @@ class Deployment:
         if self._repository.is_ready(name):
             return
         try:
-            self._repository.load(name, model_config.companion(self._place.config.get("parameters", {})))
+            self._repository.load(name, model_config.companion(self._place.name, self._place.config))
         except RepositoryError as error:
             self._say(f"{name} cannot be loaded: {error}")
         else:

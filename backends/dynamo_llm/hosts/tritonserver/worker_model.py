@@ -4,7 +4,6 @@ The loop is ours because the stub stops its own before it calls `finalize`, so t
 """
 
 import asyncio
-import json
 import threading
 from collections.abc import Coroutine
 from contextlib import aclosing
@@ -14,13 +13,14 @@ from dynamo_llm import instance
 from dynamo_llm.config import ConfigError
 from dynamo_llm.engines.base import EngineError
 from dynamo_llm.hosts.base import HostError, refuse_numpy_2
+from dynamo_llm.hosts.tritonserver import translate
 from dynamo_llm.hosts.tritonserver.deployment import Deployment
 from dynamo_llm.hosts.tritonserver.place import place_of
 from dynamo_llm.instance import CreateEngine
-from dynamo_llm.public_model import Tensors
 from dynamo_llm.service import ServiceError
 from kvstore.errors import StoreError
 from kvstore.tasks import stop
+from kvstore.wire import WireError
 
 _LOOK_S = 0.1
 """How often a request looks whether its client has left. Asking Triton takes about 30 us."""
@@ -43,12 +43,6 @@ class WorkerModel:
     def __init__(self, deployment: Deployment, triton: Any) -> None:
         self._deployment = deployment
         self._triton = triton
-        self._codes = {
-            "invalid_request": triton.TritonError.INVALID_ARG,
-            "context_length_exceeded": triton.TritonError.INVALID_ARG,
-            "overloaded": triton.TritonError.UNAVAILABLE,
-            "draining": triton.TritonError.UNAVAILABLE,
-        }
         self._requests: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="dynamo-llm", daemon=True)
@@ -101,19 +95,14 @@ class WorkerModel:
     async def _answer(self, request: Any, sender: Any) -> None:
         triton = self._triton
         try:
-            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            parameters = json.loads(request.parameters() or "{}")
+            tensors, parameters = translate.tensors_of(request), translate.parameters_of(request)
             async with aclosing(self._deployment.public.generate(tensors, parameters)) as answers:
                 async for answer in answers:
-                    sender.send(self._response(answer))
+                    sender.send(translate.response_of(triton, answer))
         except ServiceError as error:
-            code = self._codes.get(error.error.code, triton.TritonError.INTERNAL)
-            sender.send(triton.InferenceResponse(error=triton.TritonError(str(error), code)))
+            sender.send(translate.failed(triton, error.error))
         except Exception as error:  # noqa: BLE001 - a request's boundary: a bug must reach the client, too
             triton.Logger.log_error(f"dynamo_llm: a request failed: {error!r}")
-            sender.send(triton.InferenceResponse(error=triton.TritonError(f"engine_failure: {error!r}")))
+            sender.send(translate.failed(triton, WireError("engine_failure", repr(error))))
         finally:
             sender.send(flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-    def _response(self, answer: Tensors) -> Any:
-        return self._triton.InferenceResponse([self._triton.Tensor(name, array) for name, array in answer.items()])
