@@ -1,4 +1,4 @@
-"""What the engines that live on asyncio share (vLLM, SGLang): the thread with the loop, one task per
+"""What the engines that live on asyncio share (vLLM, SGLang, TensorRT-LLM): the thread with the loop, one task per
 request, one `StepResult` for all that a turn of the loop brought, cancelling, death, load figures and a bounded end.
 
 A subclass makes its engine in its constructor (with `call`, where that must happen on the loop), sets `info`, and
@@ -168,7 +168,8 @@ class AsyncEngine:
                 running=len(self._live) - waiting,
                 waiting=waiting,
                 waiting_prefill_tokens=self._waiting_tokens,
-                kv_blocks_used=said.kv_blocks_used,
+                # An engine that has nothing to do may say nothing more, and its last figures were of work.
+                kv_blocks_used=said.kv_blocks_used if self._live else 0,
                 kv_blocks_cached=said.kv_blocks_cached,
                 kv_blocks_total=self.info.kv_blocks,
                 prefill_tokens_per_s=self._pace.prefill_tokens_per_s,

@@ -4,14 +4,16 @@ import asyncio
 import contextlib
 import difflib
 import threading
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from msgspec import Struct
 
 from dynamo_llm.engines.base import EngineInfo, EngineRequest, RequestError
 from kvstore.wire import FinishReason, TokenLogprob, WireError
+
+_T = TypeVar("_T")
 
 
 class Delta(Struct, frozen=True, kw_only=True):
@@ -54,6 +56,12 @@ def check_request(request: EngineRequest, info: EngineInfo) -> None:
         raise RequestError("context_length_exceeded", message)
 
 
+def prompt_tokens(request: EngineRequest) -> list[int]:
+    """The prompt as engines take it that are called in Python."""
+    tokens: list[int] = np.frombuffer(request.token_ids, dtype="<u4").tolist()
+    return tokens
+
+
 def tokens_left(request: EngineRequest, info: EngineInfo) -> int:
     """Most tokens still to be generated: what an earlier attempt generated counts, and the context has an end."""
     prompt = len(request.token_ids) // 4
@@ -67,6 +75,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0)[0]
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of others says, as our messages have to be."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Ranked(Protocol):
+    """A token's log-probability as vLLM and TensorRT-LLM say it; ranks count from 1."""
+
+    logprob: float
+    rank: int | None
+
+
+def token_logprob(token: int, entry: Mapping[int, Ranked], count: int) -> TokenLogprob:
+    """`entry` holds the `count` likeliest tokens and, if it is none of them, the token itself."""
+    ranked = sorted((one.rank or 0, other, one.logprob) for other, one in entry.items())
+    return TokenLogprob(token, entry[token].logprob, [(other, value) for rank, other, value in ranked if rank <= count])
+
+
 def _check_ids(what: str, ids: Iterable[int], info: EngineInfo) -> None:
     for token in ids:
         if not 0 <= token < info.vocab_size:
@@ -74,24 +100,23 @@ def _check_ids(what: str, ids: Iterable[int], info: EngineInfo) -> None:
             raise RequestError("invalid_request", message)
 
 
-async def run_blocking(function: Callable[[], object]) -> None:
+async def run_blocking(function: Callable[[], _T]) -> _T:
     """Call what blocks on a daemon thread of its own: one that hangs holds up neither the loop nor the interpreter's
-    end. Errors come through."""
+    end. Results and errors come through."""
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
+    done: asyncio.Future[_T] = loop.create_future()
 
-    def settle(error: Exception | None) -> None:
+    def settle(set_it: Callable[[Any], None], value: Any) -> None:
         if not done.done():
-            done.set_result(None) if error is None else done.set_exception(error)
+            set_it(value)
 
     def work() -> None:
-        error = None
         try:
-            function()
-        except Exception as caught:  # noqa: BLE001 - carried over to the one who waits
-            error = caught
+            outcome: tuple[Callable[[Any], None], Any] = done.set_result, function()
+        except Exception as error:  # noqa: BLE001 - carried over to the one who waits
+            outcome = done.set_exception, error
         with contextlib.suppress(RuntimeError):  # nobody waits any more
-            loop.call_soon_threadsafe(settle, error)
+            loop.call_soon_threadsafe(settle, *outcome)
 
     threading.Thread(target=work, daemon=True).start()
-    await done
+    return await done

@@ -20,7 +20,7 @@ from sglang import Engine
 from sglang import __version__ as SGLANG_VERSION
 
 from dynamo_llm.engines.async_engine import AsyncEngine
-from dynamo_llm.engines.async_types import Delta, EngineLoad, run_blocking
+from dynamo_llm.engines.async_types import Delta, EngineLoad, one_line, run_blocking
 from dynamo_llm.engines.base import EngineError, EngineInfo, EngineRequest, RequestError
 from dynamo_llm.engines.kv_events import KvEventSubscriber, Translator, reachable
 from dynamo_llm.engines.sglang_engine import signals
@@ -129,7 +129,7 @@ class SglangEngine(AsyncEngine):
             raise
         except ValueError as error:  # how SGLang refuses what a request asks for
             ended = True
-            raise RequestError("invalid_request", " ".join(str(error).split())) from None
+            raise RequestError("invalid_request", one_line(error)) from None
         finally:
             if not ended:
                 self._engine.tokenizer_manager.abort_request(rid=prepared["rid"])
@@ -158,8 +158,7 @@ def _make(args: dict[str, Any]) -> Engine:
         return Engine(**args)
     except Exception as error:
         # SGLang's boundary: whatever it raises means that it does not run this model with these arguments.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise EngineError(f"SGLang does not start: {reason} (its log, before this, says more)") from error
+        raise EngineError(f"SGLang does not start: {one_line(error)} (its log, before this, says more)") from error
 
 
 def _kill(engine: Engine) -> None:

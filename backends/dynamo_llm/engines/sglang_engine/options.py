@@ -12,8 +12,8 @@ import msgspec
 from msgspec import Struct
 from sglang.srt.server_args import ServerArgs
 
-from dynamo_llm.engines.async_types import nearest
 from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.options import check_names
 
 _OWN = ("bootstrap_host", "max_waiting")
 """Options of ours beside SGLang's."""
@@ -38,12 +38,7 @@ class SglangOptions(Struct, frozen=True, kw_only=True):
 def parse_options(folder: Path, options: Mapping[str, Any], scratch: str) -> SglangOptions:
     """Raises `EngineError` naming the nearest known option. `scratch` is a folder for the sockets of the KV events."""
     known = set(ServerArgs.__struct_fields__) - _TAKEN
-    for name in options:
-        if name in _TAKEN:
-            raise EngineError(f"the sglang engine's option {name!r} is the worker's to set")
-        if name not in known and name not in _OWN:
-            near = nearest(name, [*known, *_OWN])
-            raise EngineError(f"the sglang engine has no option {name!r}; did you mean {near!r}?")
+    check_names("sglang", options, known.union(_OWN), _TAKEN)
     given = {name: _coerce(name, value) for name, value in options.items() if name not in _OWN}
     args = {**_defaults(given, scratch), **given, "model_path": str(folder)}
     for name in ("dp_size", "attn_dp_size"):

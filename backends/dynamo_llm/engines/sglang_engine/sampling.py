@@ -3,10 +3,9 @@
 import secrets
 from typing import Any
 
-import numpy as np
 from sglang.srt.sampling.sampling_params import SamplingParams as SglangParams
 
-from dynamo_llm.engines.async_types import nearest, tokens_left
+from dynamo_llm.engines.async_types import nearest, prompt_tokens, tokens_left
 from dynamo_llm.engines.base import EngineInfo, EngineRequest, RequestError
 from kvstore.wire import SamplingParams
 
@@ -53,7 +52,7 @@ def arguments(request: EngineRequest, info: EngineInfo) -> dict[str, Any]:
     sampling = request.sampling
     params, more = _split_extra(sampling.extra)
     return {
-        "input_ids": np.frombuffer(request.token_ids, dtype="<u4").tolist(),
+        "input_ids": prompt_tokens(request),
         "sampling_params": {**params, **_sampling(request, info)},
         "stream": True,
         "lora_path": request.lora or None,

@@ -27,7 +27,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from dynamo_llm.engines.async_engine import AsyncEngine
-from dynamo_llm.engines.async_types import Delta, EngineDied, EngineLoad, run_blocking
+from dynamo_llm.engines.async_types import Delta, EngineDied, EngineLoad, one_line, run_blocking
 from dynamo_llm.engines.base import EngineError, EngineInfo, EngineRequest, RequestError
 from dynamo_llm.engines.kv_events import KvEventSubscriber, Translator
 from dynamo_llm.engines.kv_events.subscribe import reachable
@@ -82,8 +82,7 @@ class VllmEngine(AsyncEngine):
             )
         except Exception as error:
             # vLLM's boundary: whatever it raises means that it does not run this model with these arguments.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise EngineError(f"vLLM does not start: {reason} (its log, before this, says more)") from error
+            raise EngineError(f"vLLM does not start: {one_line(error)} (its log, before this, says more)") from error
         await llm.get_supported_tasks()  # vLLM keeps the answer, and from now on enters a request without a pause
         return llm
 
@@ -144,12 +143,12 @@ class VllmEngine(AsyncEngine):
         except EngineDeadError:
             raise EngineDied("vLLM's engine core died; its log says why") from None
         except GracefulHTTPError as error:  # a full queue
-            raise RequestError("overloaded", _line(error)) from None
+            raise RequestError("overloaded", one_line(error)) from None
         except (VLLMClientError, ValueError) as error:
             raise _refusal(error) from None
         except EngineGenerateError as error:
             cause = error.__cause__ or error
-            raise RequestError("engine_failure", f"vLLM: {_line(cause)}") from error
+            raise RequestError("engine_failure", f"vLLM: {one_line(cause)}") from error
         finally:
             if not ended:  # vLLM itself does not abort a request that was cancelled while it was being entered
                 await self._abort(name)
@@ -164,14 +163,11 @@ class VllmEngine(AsyncEngine):
 
     def load(self) -> Load:
         load = super().load()
-        # After an abort vLLM says nothing more until it has new work.
-        used = load.kv_blocks_used if load.running or load.waiting else 0
         resident = self._translator.blocks if self._translator else 0
         return msgspec.structs.replace(
             load,
             waiting_prefill_tokens=max(load.waiting_prefill_tokens - self._figures.prefill_done, 0),
-            kv_blocks_used=used,
-            kv_blocks_cached=max(min(resident, load.kv_blocks_total) - used, 0),
+            kv_blocks_cached=max(min(resident, load.kv_blocks_total) - load.kv_blocks_used, 0),
         )
 
     # --- vLLM's side --------------------------------------------------------------------------------------------------
@@ -252,8 +248,4 @@ def _info(llm: AsyncLLM, model: str) -> EngineInfo:
 
 
 def _refusal(error: Exception) -> RequestError:
-    return RequestError("invalid_request", _line(error))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return RequestError("invalid_request", one_line(error))

@@ -16,8 +16,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from dynamo_llm.engines.async_types import nearest
+from dynamo_llm.engines.async_types import one_line
 from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.options import check_names, lora_folders
 from dynamo_llm.engines.vllm_engine.coerce import coerce
 
 _OWN = ("lora_modules", "max_waiting")
@@ -40,15 +41,9 @@ class VllmOptions(Struct, frozen=True):
 def parse_options(folder: Path, options: Mapping[str, Any], events: KVEventsConfig) -> VllmOptions:
     """Raises `EngineError` naming the nearest known option. `events` is used unless the options bring their own."""
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs) if field.init} - _TAKEN
-    for name in options:
-        if name in _TAKEN:
-            raise EngineError(
-                f"the vllm engine's option {name!r} is the worker's to set: give it by --model and --name"
-            )
-        if name not in known and name not in _OWN:
-            near = nearest(name, [*known, *_OWN])
-            raise EngineError(f"the vllm engine has no option {name!r}; did you mean {near!r}?")
-    loras = _loras(options.get("lora_modules"))
+    check_names("vllm", options, known.union(_OWN), _TAKEN)
+    folders = lora_folders(options.get("lora_modules"))
+    loras = {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(folders.items(), 1)}
     given = {name: value for name, value in options.items() if name not in _OWN}
     values = {**_defaults(given, events, bool(loras)), **given}
     try:
@@ -56,7 +51,7 @@ def parse_options(folder: Path, options: Mapping[str, Any], events: KVEventsConf
         max_waiting = int(options.get("max_waiting", 1024))
         args = AsyncEngineArgs(model=str(folder), **arguments)
     except (ValueError, TypeError) as error:
-        raise EngineError(f"vllm engine options: {_line(error)}") from None
+        raise EngineError(f"vllm engine options: {one_line(error)}") from None
     if args.data_parallel_size > 1:
         raise EngineError("data_parallel_size: start one worker per rank instead; routers balance between workers")
     return VllmOptions(args, loras, max_waiting)
@@ -77,22 +72,3 @@ def _defaults(given: Mapping[str, Any], events: KVEventsConfig, loras: bool) -> 
         # vLLM would take 92 % of the machine's memory, and not start where something else runs on it.
         defaults["kv_cache_memory_bytes"] = int(psutil.virtual_memory().available * _CPU_KV_SHARE)
     return defaults
-
-
-def _loras(modules: Any) -> dict[str, LoRARequest]:
-    """`{"name": "folder", …}`, or `name=folder` texts as vLLM's own server takes them."""
-    if modules is None:
-        return {}
-    if isinstance(modules, str):
-        modules = modules.split()
-    if not isinstance(modules, Mapping):
-        pairs = [str(module).partition("=") for module in modules]
-        modules = {name: path for name, _, path in pairs}
-    for name, path in modules.items():
-        if not name or not Path(str(path)).is_dir():
-            raise EngineError(f"lora_modules: {path!r} of the adapter {name!r} is no folder")
-    return {name: LoRARequest(name, number, str(path)) for number, (name, path) in enumerate(modules.items(), 1)}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

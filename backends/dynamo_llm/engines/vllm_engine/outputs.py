@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 
-from dynamo_llm.engines.async_types import Delta
+from dynamo_llm.engines.async_types import Delta, token_logprob
 from kvstore.wire import FinishReason, TokenLogprob, WireError
 
 _REASONS: dict[str, FinishReason] = {
@@ -41,7 +41,7 @@ def to_delta(output: RequestOutput, logprobs: int | None, prompt_logprobs: int |
 def _logprobs(
     token_ids: Sequence[int], entries: Sequence[Mapping[int, Logprob]] | None, count: int
 ) -> list[TokenLogprob]:
-    return [_entry(token, entry, count) for token, entry in zip(token_ids, entries or (), strict=True)]
+    return [token_logprob(token, entry, count) for token, entry in zip(token_ids, entries or (), strict=True)]
 
 
 def _prompt_logprobs(output: RequestOutput, count: int | None) -> list[TokenLogprob | None] | None:
@@ -49,12 +49,6 @@ def _prompt_logprobs(output: RequestOutput, count: int | None) -> list[TokenLogp
         return None
     tokens = output.prompt_token_ids or ()
     return [
-        None if entry is None else _entry(token, entry, count)
+        None if entry is None else token_logprob(token, entry, count)
         for token, entry in zip(tokens, output.prompt_logprobs, strict=False)
     ]
-
-
-def _entry(token: int, entry: Mapping[int, Logprob], count: int) -> TokenLogprob:
-    """vLLM's entry holds the likeliest tokens and, if it is none of them, the token itself; ranks count from 1."""
-    ranked = sorted((one.rank or 0, other, one.logprob) for other, one in entry.items())
-    return TokenLogprob(token, entry[token].logprob, [(other, value) for rank, other, value in ranked if rank <= count])

@@ -4,15 +4,15 @@
 """
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-from dynamo_llm.engines.async_types import nearest, tokens_left
+from dynamo_llm.engines.async_types import nearest, one_line, tokens_left
 from dynamo_llm.engines.base import EngineInfo, EngineRequest, RequestError
+from dynamo_llm.engines.guided import GUIDED, constraints
 from dynamo_llm.engines.vllm_engine.coerce import coerce
 from kvstore import wire
 
@@ -24,11 +24,7 @@ _TEXT = frozenset(
 """vLLM's options for the text, which is made from the tokens elsewhere: by the router or the public model."""
 _FIXED = frozenset({"n", "output_kind", "skip_clone", "output_text_buffer_length"})
 """Not a request's to choose: one sequence, its new tokens at each step."""
-_GUIDED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar", "json_object")} | {
-    "guided_whitespace_pattern": "whitespace_pattern"
-}
-"""Older names for the fields of `structured_outputs`."""
-_OURS = ("truncate_prompt_tokens", "vllm_xargs", "structured_outputs", *_GUIDED)
+_OURS = ("truncate_prompt_tokens", "vllm_xargs", *GUIDED)
 
 _WIRE = frozenset(wire.SamplingParams.__struct_fields__)
 _EXTRA = sorted(
@@ -61,7 +57,7 @@ def to_vllm(request: EngineRequest, info: EngineInfo) -> SamplingParams:
             skip_clone=True,
         )
     except (ValueError, TypeError, VLLMClientError) as error:
-        raise RequestError("invalid_request", " ".join(str(error).split())) from None
+        raise RequestError("invalid_request", one_line(error)) from None
 
 
 def prompt_ids(request: EngineRequest) -> list[int]:
@@ -116,12 +112,9 @@ def _extras(request: EngineRequest) -> dict[str, Any]:
     for name in extra:
         _check_name(name)
     values = {name: coerce(SamplingParams, name, value) for name, value in extra.items() if name in _EXTRA}
-    structured = _structured(extra)
-    if structured is not None:
-        if request.generated:
-            message = "a request with structured outputs cannot go on from another worker's tokens: send it anew"
-            raise RequestError("invalid_request", message)
-        values["structured_outputs"] = structured
+    guided = constraints(request, _CONSTRAINTS)
+    if guided:
+        values["structured_outputs"] = StructuredOutputsParams(**guided)
     arguments = {**(values.pop("extra_args", None) or {}), **(extra.get("vllm_xargs") or {})}
     if request.kv_transfer_params is not None:
         arguments["kv_transfer_params"] = request.kv_transfer_params
@@ -135,15 +128,3 @@ def _check_name(name: str) -> None:
         raise RequestError("invalid_request", f"the sampling option {name!r} does not concern the engine: drop it")
     near = nearest(name, (*_EXTRA, *_OURS, *_WIRE))
     raise RequestError("invalid_request", f"unknown sampling option {name!r}; did you mean {near!r}?")
-
-
-def _structured(extra: Mapping[str, Any]) -> StructuredOutputsParams | None:
-    given = extra.get("structured_outputs") or {}
-    if not isinstance(given, Mapping):
-        raise RequestError("invalid_request", f"structured_outputs must be a map of {', '.join(_CONSTRAINTS)}")
-    fields = {**given, **{_GUIDED[name]: value for name, value in extra.items() if name in _GUIDED}}
-    for name in fields:
-        if name not in _CONSTRAINTS:
-            near = nearest(name, _CONSTRAINTS)
-            raise RequestError("invalid_request", f"structured_outputs has no {name!r}; did you mean {near!r}?")
-    return StructuredOutputsParams(**fields) if fields else None
