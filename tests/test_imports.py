@@ -27,6 +27,7 @@ PLACES = {
     "transformers": [],
     "vllm": ["backends/dynamo_llm/engines/vllm_engine/*"],
     "sglang": ["backends/dynamo_llm/engines/sglang_engine/*"],
+    "tensorrt_llm": ["backends/dynamo_llm/engines/trtllm_engine/vendor.py"],
     "zmq": ["backends/dynamo_llm/engines/kv_events/*"],
     "nixl": [],
     "starlette": ["router/*"],

@@ -1,8 +1,9 @@
 """Records what our adapters use of a package's API from its source, without importing it: names and signatures only.
 
     python tests/dynamo_llm/record_api.py sglang 0.5.23 FOLDER > tests/.../recorded_sglang_0.5.23.json
+    python tests/dynamo_llm/record_api.py tensorrt_llm 1.2.1 FOLDER "where it is from" > …
 
-FOLDER holds the package's own folder: an unpacked wheel, or a source tree.
+FOLDER holds the package's own folder: an unpacked wheel, a source tree, or as much of one as is recorded.
 
 `recorded_api.py` builds a package from the recording that refuses every call which the real one would refuse.
 """
@@ -45,7 +46,9 @@ SPECS: dict[str, dict[str, list[str]]] = {
             "tensorrt_llm/llmapi/llm.py:BaseLLM.get_kv_cache_events_async",
             "tensorrt_llm/llmapi/llm.py:BaseLLM.get_stats_async",
             "tensorrt_llm/llmapi/llm.py:BaseLLM.shutdown",
+            "tensorrt_llm/llmapi/llm.py:BaseLLM._check_health",
             "tensorrt_llm/executor/result.py:GenerationResult.abort",
+            "tensorrt_llm/executor/result.py:IterationResult.mark_undone",
         ],
         "fields": [
             "tensorrt_llm/sampling_params.py:SamplingParams",
@@ -53,11 +56,28 @@ SPECS: dict[str, dict[str, list[str]]] = {
             "tensorrt_llm/disaggregated_params.py:DisaggregatedParams",
             "tensorrt_llm/executor/request.py:LoRARequest",
             "tensorrt_llm/executor/result.py:CompletionOutput",
+            "tensorrt_llm/executor/result.py:Logprob",
             "tensorrt_llm/llmapi/llm_args.py:KvCacheConfig",
             "tensorrt_llm/llmapi/llm_args.py:BaseLlmArgs",
             "tensorrt_llm/llmapi/llm_args.py:TorchLlmArgs",
         ],
-        "attributes": [],
+        "attributes": [
+            "tensorrt_llm/llmapi/llm.py:BaseLLM:args",
+            "tensorrt_llm/executor/result.py:GenerationResultBase:cached_tokens",
+        ],
+        "keys": [
+            f"tensorrt_llm/_utils.py:KVCacheEventSerializer.{name}"
+            for name in (
+                "to_json_str",
+                "_created_to_json",
+                "_stored_to_json",
+                "_stored_block_to_json",
+                "_removed_to_json",
+                "_updated_to_json",
+                "_event_diff_to_json",
+                "_unique_tokens_to_json",
+            )
+        ],
     },
 }
 
@@ -89,17 +109,35 @@ def _fields(node: ast.ClassDef) -> list[str]:
     return [name for name in names if not name.startswith("_")]
 
 
-def record(package: str, version: str, root: Path) -> dict[str, Any]:
+def _method(root: Path, entry: str) -> tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    """`PATH:CLASS.METHOD`, to `CLASS.METHOD` and its source."""
+    path, _, name = entry.partition(":")
+    owner, _, method = name.partition(".")
+    node = _class(ast.parse((root / path).read_text()), owner)
+    found = next(item for item in node.body if getattr(item, "name", "") == method)
+    assert isinstance(found, (ast.FunctionDef, ast.AsyncFunctionDef))
+    return name, found
+
+
+def _keys(function: ast.AST) -> list[str]:
+    """Of the maps that a function writes down, and of what it sets in them later."""
+    nodes = list(ast.walk(function))
+    written = [key for node in nodes if isinstance(node, ast.Dict) for key in node.keys]
+    set_later = [node.slice for node in nodes if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)]
+    return [str(key.value) for key in (*written, *set_later) if isinstance(key, ast.Constant)]
+
+
+def record(package: str, version: str, root: Path, source: str = "") -> dict[str, Any]:
     spec = SPECS[package]
     recording: dict[str, Any] = {"package": package, "version": version, "how": "tests/dynamo_llm/record_api.py"}
+    if source:
+        recording["source"] = source
     functions = recording["functions"] = {}
     for entry in spec["functions"]:
-        path, _, name = entry.partition(":")
-        owner, _, method = name.partition(".")
-        node = _class(ast.parse((root / path).read_text()), owner)
-        found = next(item for item in node.body if getattr(item, "name", "") == method)
-        assert isinstance(found, (ast.FunctionDef, ast.AsyncFunctionDef))
+        name, found = _method(root, entry)
         functions[name] = {"async": isinstance(found, ast.AsyncFunctionDef), "parameters": parameters(found)}
+    if "keys" in spec:
+        recording["keys"] = {name: _keys(found) for name, found in (_method(root, entry) for entry in spec["keys"])}
     fields = recording["fields"] = {}
     for entry in spec["fields"]:
         path, _, name = entry.partition(":")
@@ -121,4 +159,4 @@ def record(package: str, version: str, root: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(record(sys.argv[1], sys.argv[2], Path(sys.argv[3])), indent=1))
+    print(json.dumps(record(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *sys.argv[4:]), indent=1))

@@ -22,6 +22,8 @@ class Recording:
         self.version: str = data["version"]
         self.fields: dict[str, list[str]] = data["fields"]
         self.attributes: dict[str, list[str]] = data["attributes"]
+        self.keys: dict[str, list[str]] = data.get("keys", {})
+        """Of maps that functions write, by the function."""
         self._functions: dict[str, Any] = data["functions"]
 
     def bind(self, function: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ _ENGINES = {
     "mock": _Kind("dynamo_llm.engines.mock_engine.engine", "MockEngine", "", ""),
     "vllm": _Kind("dynamo_llm.engines.vllm_engine.engine", "VllmEngine", "vllm", "vllm"),
     "sglang": _Kind("dynamo_llm.engines.sglang_engine.engine", "SglangEngine", "sglang", "sglang"),
+    "trtllm": _Kind("dynamo_llm.engines.trtllm_engine.engine", "TrtllmEngine", "tensorrt_llm", "trtllm"),
 }
 
 

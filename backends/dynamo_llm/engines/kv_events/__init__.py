@@ -1,4 +1,4 @@
-"""KV events of engines with block hashes of their own (vLLM, SGLang), turned into ours.
+"""KV events of engines with block hashes of their own (vLLM, SGLang, TensorRT-LLM), turned into ours.
 
 decode.py     the bytes of a batch, in both shapes that engines send, to typed events (pure)
 translate.py  their hashes to ours, and what is resident where (pure)
