@@ -53,7 +53,7 @@ async def eventually(condition: Callable[[], bool | Awaitable[bool]], timeout_s:
         await asyncio.sleep(0.005)
 
 
-@pytest.fixture(name="eventually")
+@pytest.fixture(name="eventually", scope="session")
 def eventually_fixture() -> Callable[..., Awaitable[None]]:
     """`await eventually(lambda: condition)`."""
     return eventually

@@ -4,9 +4,6 @@ import asyncio
 import contextlib
 import json
 import queue
-import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -20,6 +17,7 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.grpc.aio as triton_grpc_aio
 import tritonclient.http as triton_http
 import tritonclient.http.aio as triton_http_aio
+from command import running
 from tritonclient.utils import InferenceServerException
 
 from kvstore.embedded import EmbeddedRedis
@@ -36,24 +34,6 @@ OPTIONS = {"temperature": 0, "max_tokens": 40}
 
 def prompt(question: str) -> str:
     return f"<|begin|><|user|>{question}<|end|><|assistant|>"
-
-
-@contextlib.contextmanager
-def running(*arguments: str) -> Iterator[dict[str, str]]:
-    """A `dynamo-llm` command: the fields of its ready line. It must end with 0 on SIGTERM."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dynamo_llm", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert process.stdout is not None
-        words = process.stdout.readline().split()
-        assert words[:1] == ["ready"]
-        yield dict(word.split("=", 1) for word in words if "=" in word) | {"first": words[1]}
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")
