@@ -18,7 +18,7 @@ import tritonclient.grpc.aio as triton_grpc_aio
 import tritonclient.http as triton_http
 import tritonclient.http.aio as triton_http_aio
 from command import running
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from kvstore.embedded import EmbeddedRedis
 
@@ -100,6 +100,35 @@ def test_generate(server: dict[str, str], question: str, answer: str) -> None:
     deltas = [json.loads(event.removeprefix("data: "))["text_output"] for event in events if event]
     assert len(deltas) > 3
     assert "".join(deltas) == answer
+
+
+def test_clients_of_tensorrtllm_backend(server: dict[str, str]) -> None:
+    """Their tensors are [1, 1] and their names others, over HTTP and gRPC; the companion takes them."""
+    url = f"http://{server['http']}/v2/models/demo.trtllm/generate"
+    body = {"text_input": prompt(QUESTION), "max_tokens": 40, "bad_words": "", "stop_words": ""}
+    assert json.loads(post(url, body))["text_output"] == prompt(QUESTION) + ANSWER
+
+    given = {
+        "text_input": np.array([[prompt(QUESTION).encode()]], np.object_),
+        "max_tokens": np.array([[40]], np.int32),
+        "stream": np.array([[True]]),
+        "exclude_input_in_output": np.array([[True]]),
+    }
+    tensors = [
+        triton_grpc.InferInput(name, value.shape, np_to_triton_dtype(value.dtype)) for name, value in given.items()
+    ]
+    for tensor, value in zip(tensors, given.values(), strict=True):
+        tensor.set_data_from_numpy(value)
+    answers: queue.Queue[Any] = queue.Queue()
+    deltas = []
+    with triton_grpc.InferenceServerClient(server["grpc"]) as client:
+        client.start_stream(lambda result, error: answers.put(error or result))
+        client.async_stream_infer("demo.trtllm", tensors, enable_empty_final_response=True)
+        while not (result := answers.get(timeout=60)).get_response().parameters["triton_final_response"].bool_param:
+            deltas.append(result.as_numpy("text_output").flat[0].decode())
+        client.stop_stream()
+    assert len(deltas) > 3
+    assert "".join(deltas) == ANSWER
 
 
 def test_tritonclient_grpc(server: dict[str, str]) -> None:
