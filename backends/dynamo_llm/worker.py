@@ -25,7 +25,8 @@ from dynamo_llm.card import make_card, own_address
 from dynamo_llm.config import ConfigError, WorkerConfig, resolve_model
 from dynamo_llm.engines.base import Engine, EngineError
 from dynamo_llm.hosts.base import HostError, PublicModels, tokenizer_of
-from dynamo_llm.hosts.pytriton import PyTritonHost, scratch_folder
+from dynamo_llm.hosts.pytriton import PyTritonHost
+from dynamo_llm.hosts.pytriton_server import scratch_folder
 from dynamo_llm.instance import CreateEngine, Instance, create, tell
 from dynamo_llm.metrics import Joined, MetricsServer
 from dynamo_llm.service import Service

@@ -21,7 +21,8 @@ from wire_router import Router, submit
 from dynamo_llm import process_tree
 from dynamo_llm.hosts import pytriton
 from dynamo_llm.hosts.base import HostError, PublicModels
-from dynamo_llm.hosts.pytriton import PyTritonHost, _ports, scratch_folder
+from dynamo_llm.hosts.pytriton import PyTritonHost
+from dynamo_llm.hosts.pytriton_server import Server, free_ports, scratch_folder
 from dynamo_llm.metrics import Metrics
 from dynamo_llm.service import Limits, Service
 from kvstore.text import Tokenizer
@@ -379,13 +380,13 @@ def test_a_port_lost_at_the_last_moment_is_replaced(tmp_path: Path, monkeypatch:
     with socket.socket() as thief:
 
         def ports(host: str, wanted: tuple[int, int]) -> tuple[int, int]:
-            found.append(_ports(host, wanted))
+            found.append(free_ports(host, wanted))
             if len(found) == 1:
                 thief.bind((host, found[0][0]))
                 thief.listen()
             return found[-1]
 
-        monkeypatch.setattr(pytriton, "_ports", ports)
+        monkeypatch.setattr(pytriton, "free_ports", ports)
         engine = ScriptedEngine(step_s=0.01)
         service = Service(engine, instance="0" * 16, epoch=7, events=Events(), metrics=Metrics("demo"))
         service.start()
@@ -398,8 +399,8 @@ def test_a_port_lost_at_the_last_moment_is_replaced(tmp_path: Path, monkeypatch:
     assert not [program for program in programs if b"/w1/" in program]
 
     killed: list[int] = []
-    kill = pytriton._Server._kill
-    monkeypatch.setattr(pytriton._Server, "_kill", lambda server: (killed.append(1), kill(server))[1])
+    kill = Server._kill
+    monkeypatch.setattr(Server, "_kill", lambda server: (killed.append(1), kill(server))[1])
     client = triton.InferenceServerClient(f"127.0.0.1:{host.grpc_port}")
     answers: queue.Queue[Any] = queue.Queue()
     client.start_stream(lambda result, error: answers.put(result))

@@ -1,60 +1,43 @@
 """Serves the models on a Triton server that PyTriton runs, with the engine in this process. The default host.
 
-The only file that imports pytriton. What of PyTriton's ways matters here:
+The server's process is in `pytriton_server.py`. What of PyTriton's ways matters here:
 
 - Each model is a stub process of Triton's python backend, which talks to a thread with an event loop in this process.
 - Tensors travel as base64 in JSON (`PYTRITON_NO_TENSORSTORE`): for payloads of a few kilobytes that takes less time
   than the round trips to PyTriton's shared-memory manager, and saves that manager and its tracker for each model.
-- The models lie in the server's repository from the start, instead of being sent to the running server: they load at
-  the same time, and no copies of theirs are left in /tmp.
 - A client's cancellation never reaches us; `session.py` says what does.
 """
 
-import contextlib
-import http.client
-import logging
-import os
-import shutil
-import signal
-import socket
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTRITON_NO_TENSORSTORE", "1")
-
 import numpy as np
-import sh
 from pytriton.model_config import ModelConfig, Tensor
 from pytriton.proxy.types import Request
-from pytriton.triton import Triton, TritonConfig, TritonLifecyclePolicy, TritonSecurityConfig
+from pytriton.triton import TritonConfig, TritonLifecyclePolicy, TritonSecurityConfig
 
 from dynamo_llm import libpython
 from dynamo_llm.hosts.base import HostError, PublicModels, refuse_numpy_2
+from dynamo_llm.hosts.pytriton_server import (
+    EXIT_TIMEOUT_S,
+    PORT_TAKEN,
+    START_ATTEMPTS,
+    Server,
+    await_ready,
+    free_ports,
+    last_line,
+    put_first_in_path,
+)
 from dynamo_llm.public.tensors import Face
 from dynamo_llm.service import Service, ServiceError
 from kvstore.wire import CONTROL_SUFFIX, PAYLOAD, SESSION_SUFFIX
 
-START_TIMEOUT_S = 120.0
-EXIT_TIMEOUT_S = 5
-"""For the server to send what we gave it. A client's open stream makes it wait for the whole time, and then hang."""
-_KILL_AFTER_S = EXIT_TIMEOUT_S + 2.0
-_SOCKET_PATH_LIMIT = 107
-_LONGEST_SOCKET = "/{}.session_0_0-server.sock"
-_START_ATTEMPTS = 3
-_PORT_TAKEN = "already in use"
 _PAYLOAD = [Tensor(name=PAYLOAD, dtype=np.uint8, shape=(-1,))]
 _UNARY = ModelConfig(batching=False)
 _DECOUPLED = ModelConfig(batching=False, decoupled=True)
-
-logging.getLogger("pytriton").setLevel(logging.CRITICAL)  # it logs a traceback for each bad request of a client
-# A Ctrl-C in the terminal must not reach the server: it has to outlast the drain. PyTriton does not let us say so.
-sh.Command._call_args["new_group"] = True
 
 
 class ModelError(Exception):
@@ -87,7 +70,7 @@ class PyTritonHost:
         self._public = public
         self._host = host
         self._folder = folder
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._starts = 0
 
     def start(self) -> None:
@@ -97,16 +80,16 @@ class PyTritonHost:
             libpython.prepend_to_library_path()
         except libpython.LibpythonError as error:
             raise HostError(str(error)) from None
-        _put_first_in_path(Path(sys.executable).parent)
+        put_first_in_path(Path(sys.executable).parent)
         wanted = (self.grpc_port, self.http_port)
-        for attempt in range(1, _START_ATTEMPTS + 1):
-            self.grpc_port, self.http_port = _ports(self._host, wanted)
+        for attempt in range(1, START_ATTEMPTS + 1):
+            self.grpc_port, self.http_port = free_ports(self._host, wanted)
             try:
                 return self._start_once()
             except HostError as error:
                 self.stop()
                 free = 0 in wanted  # another process may have taken the port that we found free
-                if not (free and _PORT_TAKEN in str(error) and attempt < _START_ATTEMPTS):
+                if not (free and PORT_TAKEN in str(error) and attempt < START_ATTEMPTS):
                     raise
             except BaseException:
                 self.stop()
@@ -123,7 +106,7 @@ class PyTritonHost:
         self._starts += 1
         workspace = self._folder / f"w{self._starts}"
         log = self._folder / f"triton-{self._starts}.log"
-        server = self._server = _Server(
+        server = self._server = Server(
             config=TritonConfig(
                 http_address=self._host,
                 http_port=self.http_port,
@@ -139,13 +122,13 @@ class PyTritonHost:
         )
         self._bind(server)
         server.launch()
-        _await_ready(server, self._connect_host(), self.http_port, log)
+        await_ready(server, self._connect_host(), self.http_port, log)
         server.connect()
-        server.on_exit = lambda: self.on_death(f"the Triton server ended: {_last_line(log)}")
+        server.on_exit = lambda: self.on_death(f"the Triton server ended: {last_line(log)}")
         if not server.is_alive():
-            raise HostError(f"the Triton server ended: {_last_line(log)}")
+            raise HostError(f"the Triton server ended: {last_line(log)}")
 
-    def _bind(self, server: Triton) -> None:
+    def _bind(self, server: Server) -> None:
         for face in self._public.faces:
             inputs = [Tensor(name=name, dtype=dtype, shape=shape, optional=True) for name, dtype, shape in face.inputs]
             outputs = [Tensor(name=name, dtype=dtype, shape=shape) for name, dtype, shape in face.outputs]
@@ -188,50 +171,6 @@ class _Door:
             raise ModelError(str(error)) from None
 
 
-class _Server(Triton):  # type: ignore[misc]  # pytriton has no types
-    """A Triton that keeps its log to itself and tells of its end."""
-
-    on_exit: Callable[[], None] = staticmethod(lambda: None)
-
-    def hand_on_ids(self, model: str) -> None:
-        """See `pytriton_stub.py`. To be called between `bind` and `launch`."""
-        folder = self._model_manager._model_store_path / model / "1"
-        (folder / "model.py").rename(folder / "pytriton_model.py")
-        shutil.copy(Path(__file__).with_name("pytriton_stub.py"), folder / "model.py")
-
-    def launch(self) -> None:
-        """Start the server's process without waiting for it: PyTriton would wait for a dead one, too."""
-        self._run_server()
-
-    def stop(self) -> bool:
-        """End the server. PyTriton's threads look once a second whether they are to stop, so tell them beforehand."""
-        for model in self._model_manager.models:
-            for connector in model._requests_respones_connectors:
-                connector.close()
-        killer = threading.Timer(_KILL_AFTER_S, self._kill)  # PyTriton itself would wait for half a minute
-        killer.start()
-        try:
-            stopped = bool(super().stop())
-        finally:
-            killer.cancel()
-        _end_programs_of(self._workspace.path)
-        for region in Path("/dev/shm").glob(f"{self._python_backend_config['shm-region-prefix-name']}*"):
-            region.unlink(missing_ok=True)  # a server that ran out of time does not clean up
-        return stopped
-
-    def _kill(self) -> None:
-        if self._is_alive_impl():
-            with contextlib.suppress(ProcessLookupError):
-                self._triton_server._tritonserver_running_cmd.process.kill()
-
-    def _initialize_server(self) -> None:
-        super()._initialize_server()
-        self._triton_server._verbose = False  # else all that the server prints lands on our stdout
-
-    def _on_tritonserver_exit(self, *_: Any) -> None:
-        self.on_exit()
-
-
 def _config(face: Face) -> ModelConfig:
     if face.max_batch_size:
         return ModelConfig(max_batch_size=face.max_batch_size, batcher=None, decoupled=True)
@@ -240,78 +179,3 @@ def _config(face: Face) -> ModelConfig:
 
 def _tensor(payload: bytes) -> dict[str, Any]:
     return {PAYLOAD: np.frombuffer(payload, np.uint8)}
-
-
-def _end_programs_of(workspace: Path) -> None:
-    """Kill what a server that died has left running: its stubs, whose program is a copy in the workspace."""
-    start = f"{workspace}/".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # gone in the meantime
-            if (entry / "cmdline").read_bytes().startswith(start):
-                os.kill(int(entry.name), signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def scratch_folder(model: str, instances: int) -> Iterator[Path]:
-    """For the files of a server, deleted at the end. The paths of its sockets, which lie in it, must not be long."""
-    longest = model if instances == 1 else f"{model}.i{instances}"
-    folder = Path(tempfile.mkdtemp(prefix="dynamo-llm-"))
-    if len(f"{folder}/w{_START_ATTEMPTS}{_LONGEST_SOCKET.format(longest)}") > _SOCKET_PATH_LIMIT:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="dynamo-llm-", dir="/tmp"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _ports(host: str, wanted: tuple[int, int]) -> tuple[int, int]:
-    """`wanted` with a free port for each 0. Raises `HostError` for one that is taken."""
-    with contextlib.ExitStack() as probes:  # all open at once, so that they differ
-        found = []
-        for port in wanted:
-            probe = probes.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise HostError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-            found.append(int(probe.getsockname()[1]))
-    return found[0], found[1]
-
-
-def _put_first_in_path(folder: Path) -> None:
-    """The stub takes the packages of the first `python3` in PATH, which must be ours."""
-    rest = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if entry != str(folder)]
-    os.environ["PATH"] = os.pathsep.join([str(folder), *rest])
-
-
-def _await_ready(server: _Server, host: str, port: int, log: Path) -> None:
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while not _is_ready(host, port):
-        if not server._is_alive_impl():
-            raise HostError(f"the Triton server did not start: {_last_line(log)}")
-        if time.monotonic() > deadline_s:
-            raise HostError(f"the Triton server was not ready within {START_TIMEOUT_S:g} s: {_last_line(log)}")
-        time.sleep(0.02)
-
-
-def _is_ready(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(host, port, timeout=5.0)
-    try:
-        connection.request("GET", "/v2/health/ready")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def _last_line(log: Path) -> str:
-    """What the server said last, errors before anything else."""
-    try:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        lines = []
-    errors = [line.partition("] ")[2] or line for line in lines if line.startswith("E")]
-    return " ".join((errors or lines or ["it left no log"])[-1].split())
