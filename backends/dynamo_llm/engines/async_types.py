@@ -88,9 +88,10 @@ class Ranked(Protocol):
 
 
 def token_logprob(token: int, entry: Mapping[int, Ranked], count: int) -> TokenLogprob:
-    """`entry` holds the `count` likeliest tokens and, if it is none of them, the token itself."""
-    ranked = sorted((one.rank or 0, other, one.logprob) for other, one in entry.items())
-    return TokenLogprob(token, entry[token].logprob, [(other, value) for rank, other, value in ranked if rank <= count])
+    """`entry` holds the `count` likeliest tokens, or as many that the request named, and the token itself."""
+    ranked = sorted(entry.items(), key=lambda item: (-item[1].logprob, item[1].rank or 0, item[0]))
+    top = [(other, one.logprob) for other, one in ranked if (one.rank or 0) <= count]
+    return TokenLogprob(token, entry[token].logprob, top)
 
 
 def _check_ids(what: str, ids: Iterable[int], info: EngineInfo) -> None:

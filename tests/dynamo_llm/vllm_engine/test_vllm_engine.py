@@ -1,35 +1,21 @@
 """The real vLLM, on the demo model and a CPU, behind the interface of all engines."""
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from vllm_driver import answer, hashes, resident
 
-from dynamo_llm.engines.base import EngineError, RequestError
-from dynamo_llm.engines.vllm_engine.options import parse_options
-from kvstore.cards import Stored
-from kvstore.hashing import block_hashes, root_seed
-from kvstore.wire import Output
+from dynamo_llm.engines.base import RequestError
 
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own deprecations are not ours to mend
-
-
-def _tokens(outputs: list[Output]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
-
-
-def _stored(driver: Any) -> list[int]:
-    return [block for op in driver.ops if isinstance(op, Stored) for block in op.hashes]
 
 
 @pytest.mark.parametrize("salt", ["", "tenant"])
 def test_blocks_bear_the_hashes_that_a_router_computes(driver: Any, salt: str) -> None:
     """vLLM's events come out as the hashes of the prompt's own blocks, with and without a salt."""
     prompt = list(range(100, 196))
-    expected = block_hashes(np.array(prompt, np.uint32), 32, seed=root_seed("demo", "", salt)).tolist()
     driver.run(prompt, cache_salt=salt)
-    while not set(expected) <= set(_stored(driver)):
+    while not set(hashes(prompt, salt=salt)) <= resident(driver.ops):
         driver.step()
     outputs = driver.run(prompt, cache_salt=salt)
     assert outputs[0].started is not None
@@ -39,18 +25,9 @@ def test_blocks_bear_the_hashes_that_a_router_computes(driver: Any, salt: str) -
 def test_greedy_tokens_repeat_and_end_by_length(driver: Any) -> None:
     """The same prompt gives the same tokens, as many as asked for, and one final output."""
     first, second = (driver.run(list(range(20, 40)), max_tokens=6, ignore_eos=True) for _ in range(2))
-    assert _tokens(first) == _tokens(second)
-    assert len(_tokens(first)) == 6
+    assert answer(first) == answer(second)
+    assert len(answer(first)) == 6
     assert [output.finish_reason for output in first if output.finish_reason] == ["length"]
-
-
-def test_a_stop_token_is_the_last_token(driver: Any) -> None:
-    """A stop token ends the sequence and is reported, as by the torch engine."""
-    prompt = list(range(20, 40))
-    third = _tokens(driver.run(prompt, max_tokens=6, ignore_eos=True))[2]
-    stopped = driver.run(prompt, max_tokens=6, ignore_eos=True, stop_token_ids=(third,))
-    assert stopped[-1].finish_reason == "stop"
-    assert _tokens(stopped)[-1] == third
 
 
 def test_logprobs_of_output_and_prompt(driver: Any) -> None:
@@ -63,7 +40,7 @@ def test_logprobs_of_output_and_prompt(driver: Any) -> None:
     assert started is not None
     assert started.prompt_logprobs is not None
     assert started.prompt_logprobs[0] is None
-    assert len(started.prompt_logprobs) == 20
+    assert [entry.token_id for entry in started.prompt_logprobs[1:]] == list(range(41, 60))
 
 
 def test_cancel_ends_a_running_request(driver: Any) -> None:
@@ -83,6 +60,10 @@ def test_cancel_ends_a_running_request(driver: Any) -> None:
         ({"lora": "poet"}, "there is no LoRA adapter 'poet'"),
         ({"extra": {"guided_jsn": "{}"}}, "did you mean 'guided_json'"),
         ({"logit_bias": {5: float("nan")}}, "logit_bias must be finite"),
+        ({"extra": {"stop": ["\n"]}}, "does not concern the engine"),
+        ({"extra": {"n": 2}}, "does not concern the engine"),
+        ({"extra": {"allowed_token_ids": [5000]}}, "allowed_token_ids"),
+        ({"extra": {"allowed_token_ids": "some"}}, "allowed_token_ids"),
     ],
 )
 def test_bad_requests_are_refused_at_once(driver: Any, more: dict[str, Any], reason: str) -> None:
@@ -92,27 +73,21 @@ def test_bad_requests_are_refused_at_once(driver: Any, more: dict[str, Any], rea
     assert "\n" not in refusal.value.message
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"blok_size": 16}, "did you mean 'block_size'"),
-        ({"model": "other"}, "is the worker's to set"),
-        ({"block_size": "many"}, "block_size"),
-        ({"lora_modules": {"poet": "/nowhere"}}, "is no folder"),
-    ],
-)
-def test_wrong_options_give_one_line(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
-    """Engine options are checked before anything is loaded."""
-    with pytest.raises(EngineError, match=reason) as refusal:
-        parse_options(tmp_path, options, None)  # type: ignore[arg-type]
-    assert "\n" not in str(refusal.value)
+@pytest.mark.parametrize("already", [1, 5, 9])
+def test_a_request_goes_on_where_another_worker_left_it(driver: Any, question: list[int], already: int) -> None:
+    """What an earlier attempt generated counts for `max_tokens`, and the rest is what the whole answer had there."""
+    whole = driver.run(question, max_tokens=10, ignore_eos=True)
+    rest = driver.run([*question, *answer(whole)[:already]], generated=already, max_tokens=10, ignore_eos=True)
+    assert answer(rest) == answer(whole)[already:]
+    assert rest[-1].finish_reason == "length"
 
 
-def test_guided_choice(driver: Any) -> None:
-    """A choice leaves the model nothing else to say."""
-    from tokenizers import Tokenizer
-
-    folder = driver.engine._options.args.model
-    tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
-    outputs = driver.run(list(range(20, 40)), max_tokens=32, extra={"guided_choice": ["Paris", "Rome"]})
-    assert tokenizer.decode(_tokens(outputs), skip_special_tokens=True) in ("Paris", "Rome")
+def test_min_tokens_counts_what_another_worker_generated(driver: Any, question: list[int]) -> None:
+    """Of six tokens at least, three are there: end-of-sequence is barred for three more, and not for longer."""
+    (end,) = driver.engine.info.eos_token_ids
+    bias = {end: 100.0}
+    alone = driver.run(question, max_tokens=20, min_tokens=6, logit_bias=bias)
+    assert alone[-1].finish_reason == "stop"
+    assert len(answer(alone)) == 7
+    rest = driver.run([*question, *answer(alone)[:3]], generated=3, max_tokens=20, min_tokens=6, logit_bias=bias)
+    assert answer(rest) == answer(alone)[3:]

@@ -58,7 +58,8 @@ class VllmEngine(AsyncEngine):
             self._translator: Translator | None = None
             try:
                 self._llm = self.call(self._make())
-                undo.callback(self._llm.shutdown, _SHUTDOWN_S)
+                undo.callback(_shut_down, self._llm)
+                self.call(self._load_adapters())
                 self.info = _info(self._llm, model)
                 self._follow_events(undo)
             except BaseException:
@@ -85,6 +86,17 @@ class VllmEngine(AsyncEngine):
             raise EngineError(f"vLLM does not start: {one_line(error)} (its log, before this, says more)") from error
         await llm.get_supported_tasks()  # vLLM keeps the answer, and from now on enters a request without a pause
         return llm
+
+    async def _load_adapters(self) -> None:
+        """Each once. vLLM would read an adapter when the first request asks for it, and die of a broken one."""
+        name = ""
+        try:
+            for lora in self._options.loras.values():
+                name = lora.lora_name
+                await self._llm.add_lora(lora)
+        except Exception as error:
+            # vLLM's boundary, as above.
+            raise EngineError(f"lora_modules: vLLM does not load the adapter {name!r}: {one_line(error)}") from error
 
     def _follow_events(self, undo: contextlib.ExitStack) -> None:
         """Until `undo` is carried out. Without a publisher there are none, and routers place by load alone."""
@@ -134,7 +146,7 @@ class VllmEngine(AsyncEngine):
         try:
             async with aclosing(stream):
                 async for output in stream:
-                    delta = to_delta(output, sampling.logprobs, sampling.prompt_logprobs)
+                    delta = to_delta(output, prepared.params.num_logprobs, sampling.prompt_logprobs)
                     ended = delta.finish_reason is not None
                     if not first and delta.token_ids:
                         first = True
@@ -159,6 +171,8 @@ class VllmEngine(AsyncEngine):
         return "vLLM's engine core died; its log says why"
 
     async def shut(self) -> None:
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()  # it would take the end for a death, and fill the log with it
         await run_blocking(self._undo.close)
 
     def load(self) -> Load:
@@ -211,6 +225,12 @@ class _StepLogger(StatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""
+
+
+def _shut_down(llm: AsyncLLM) -> None:
+    """Not on the loop: vLLM's sockets close there."""
+    llm.shutdown(_SHUTDOWN_S)
+    llm.engine_core.resources.ctx.term()  # vLLM leaves it to the garbage collection, with a warning
 
 
 def _prepare_environment() -> None:

@@ -45,7 +45,7 @@ def parse_options(folder: Path, options: Mapping[str, Any], events: KVEventsConf
     folders = lora_folders(options.get("lora_modules"))
     loras = {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(folders.items(), 1)}
     given = {name: value for name, value in options.items() if name not in _OWN}
-    values = {**_defaults(given, events, bool(loras)), **given}
+    values = {**_defaults(given, events, len(loras)), **given}
     try:
         arguments = {name: coerce(AsyncEngineArgs, name, value) for name, value in values.items()}
         max_waiting = int(options.get("max_waiting", 1024))
@@ -57,7 +57,7 @@ def parse_options(folder: Path, options: Mapping[str, Any], events: KVEventsConf
     return VllmOptions(args, loras, max_waiting)
 
 
-def _defaults(given: Mapping[str, Any], events: KVEventsConfig, loras: bool) -> dict[str, Any]:
+def _defaults(given: Mapping[str, Any], events: KVEventsConfig, loras: int) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "scheduling_policy": "priority",  # a request's priority would be ignored; equal ones are served as they come
         "max_logprobs": 100,  # as many as the wire allows
@@ -67,6 +67,10 @@ def _defaults(given: Mapping[str, Any], events: KVEventsConfig, loras: bool) -> 
         defaults["kv_events_config"] = events
     if loras:
         defaults["enable_lora"] = True
+        if current_platform.is_cpu():
+            # To a request without an adapter, in a batch with one that has, vLLM's CPU kernels add the weights in the
+            # last place (0.32.0; vllm-project/vllm#48421). With a place more than there are adapters it is empty.
+            defaults["max_loras"] = loras + 1
     says_memory = {"gpu_memory_utilization", "kv_cache_memory_bytes"} & given.keys()
     if current_platform.is_cpu() and not says_memory and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         # vLLM would take 92 % of the machine's memory, and not start where something else runs on it.

@@ -49,6 +49,6 @@ def _prompt_logprobs(output: RequestOutput, count: int | None) -> list[TokenLogp
         return None
     tokens = output.prompt_token_ids or ()
     return [
-        None if entry is None else token_logprob(token, entry, count)
+        token_logprob(token, entry, count) if entry else None  # of flat log-probabilities the first is empty
         for token, entry in zip(tokens, output.prompt_logprobs, strict=False)
     ]

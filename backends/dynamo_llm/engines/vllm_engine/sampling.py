@@ -28,7 +28,9 @@ _OURS = ("truncate_prompt_tokens", "vllm_xargs", *GUIDED)
 
 _WIRE = frozenset(wire.SamplingParams.__struct_fields__)
 _EXTRA = sorted(
-    {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")} - _TEXT - _FIXED - _WIRE
+    {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}.difference(
+        _TEXT, _FIXED, _WIRE, _OURS
+    )
 )
 """Fields of vLLM's that pass through as they are."""
 _CONSTRAINTS = sorted(name for name in StructuredOutputsParams.__dataclass_fields__ if not name.startswith("_"))
@@ -114,7 +116,7 @@ def _extras(request: EngineRequest) -> dict[str, Any]:
     values = {name: coerce(SamplingParams, name, value) for name, value in extra.items() if name in _EXTRA}
     guided = constraints(request, _CONSTRAINTS)
     if guided:
-        values["structured_outputs"] = StructuredOutputsParams(**guided)
+        values["structured_outputs"] = coerce(SamplingParams, "structured_outputs", guided)
     arguments = {**(values.pop("extra_args", None) or {}), **(extra.get("vllm_xargs") or {})}
     if request.kv_transfer_params is not None:
         arguments["kv_transfer_params"] = request.kv_transfer_params
