@@ -148,7 +148,8 @@ def test_after_lost_events_vllm_s_cache_is_empty_too(small: Any) -> None:
     small.settle(prompt)
     since = len(small.ops)
     small.engine._events_lost()
-    for _ in range(2):  # vLLM tells of it with its next step; the prompt's blocks would outlive both
-        small.settle(_prompt(40))
-    assert any(isinstance(op, Cleared) for op in small.ops[since:])
+    for _ in range(2):  # vLLM tells of it with a step; the prompt's blocks would outlive both of these
+        small.run(_prompt(40), max_tokens=1)
+    while not any(isinstance(op, Cleared) for op in small.ops[since:]):
+        small.step()
     assert small.run(prompt, max_tokens=1)[0].started.cached_tokens == 0
