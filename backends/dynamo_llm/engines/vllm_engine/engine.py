@@ -88,7 +88,7 @@ class VllmEngine(AsyncEngine):
         return llm
 
     async def _load_adapters(self) -> None:
-        """Each once. vLLM would read an adapter when the first request asks for it, and die of a broken one."""
+        """Each once. vLLM would read one when the first request asks for it: too late to refuse a broken one."""
         name = ""
         try:
             for lora in self._options.loras.values():
