@@ -8,6 +8,7 @@ import signal
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Site:
         self.worker = worker
         self._registry = registry
         self._prefix = prefix
-        self.eventually = eventually
+        self.eventually = partial(eventually, timeout_s=START_S)  # a model that is loaded is two Pythons that start
         self.client = triton.InferenceServerClient(worker.fields["http"])
 
     async def cards(self) -> dict[str, InstanceCard]:

@@ -5,7 +5,7 @@ Four Triton models make one instance, each in a stub process of its own:
 - `M` (`worker_model.py`): the engine, its service, the public model. It has the instance's place in the registry, and
   loads the others (docs/triton.md says how they come where Triton does not let it).
 - `M.control`, `M.session` and `M.trtllm` (`companions.py`): they hand on to `M` what routers, and clients of the other
-  dialect, send, over a local socket (`link.py`).
+  dialect, send, over a local socket (`link.py`). `companion_models.py` has Triton load them.
 
 `launcher.py` runs the tritonserver that PyTriton carries, for `dynamo-llm tritonserver`. Nothing here imports Triton's
 module for Python models: `model.py` passes it in.

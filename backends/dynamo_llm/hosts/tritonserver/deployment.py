@@ -22,6 +22,7 @@ from dynamo_llm.config import ConfigError, resolve_model
 from dynamo_llm.engines.base import Engine
 from dynamo_llm.hosts.base import PublicModels, tokenizer_of
 from dynamo_llm.hosts.tritonserver import model_config, options, translate
+from dynamo_llm.hosts.tritonserver.companion_models import CompanionModels
 from dynamo_llm.hosts.tritonserver.figures import Figures
 from dynamo_llm.hosts.tritonserver.link import CallError, LinkLost, LinkServer, Method, Status, ask_once, link_name
 from dynamo_llm.hosts.tritonserver.place import Place
@@ -40,7 +41,6 @@ _REDIS_TIMEOUT_S = 20.0
 """How long a load waits for Redis: the operator who asked for it waits, too."""
 _POLL_S = 0.1
 _FIGURES_S = 0.5
-_COMPANIONS_PATIENCE_S = 30.0
 
 T = TypeVar("T")
 
@@ -63,9 +63,10 @@ class Deployment:
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
         self._retiring: asyncio.Task[None] | None = None
-        self._companions: list[str] = []
-        """Those that we have loaded."""
         self._repository = Repository(place.grpc_address)
+        companions = model_config.companions(place.name, self._config.dialect)
+        config = model_config.companion(place.name, place.config) if place.explicit else None
+        self._companions = CompanionModels(self._repository, companions[:2], companions[2:], config, self._say)
         self._ending = False
         self._handed_over = False
         self._registered = False
@@ -93,8 +94,7 @@ class Deployment:
         if not self._handed_over:
             await self._instance.drain(self._config.drain_timeout_s)
             await self._link.close()
-            for name in self._companions:
-                await asyncio.to_thread(self._unload, name)
+            await self._companions.unload()
         await self._stack.aclose()
 
     async def _begin(self) -> None:
@@ -156,7 +156,7 @@ class Deployment:
     async def _announce(self, registry: Registry) -> None:
         """Into the registry once there is something to find, and out of Triton when the last engine has died."""
         await self._loaded()
-        await self._companions_ready()
+        await self._companions.ready()
         blob = await _insist(lambda: registry.put_blob(model_files.pack(self._files)))
         await _insist(lambda: self._instance.register(lambda engine: self._card(engine, blob)))
         self._registered = True
@@ -202,7 +202,8 @@ class Deployment:
         """Triton 2.51 asks no model whether it is ready: one without an engine can only be unloaded."""
         await self._instance.drain(self._config.drain_timeout_s)
         if self._place.explicit:
-            await asyncio.to_thread(self._unload, self._place.model)  # `end` comes of it
+            with contextlib.suppress(RepositoryError):  # the server is about to end
+                await asyncio.to_thread(self._repository.unload, self._place.model)  # `end` comes of it
 
     # --- calls over the link -----------------------------------------------------------------------------------------
 
@@ -231,41 +232,11 @@ class Deployment:
         yield b""
         asyncio.get_running_loop().call_soon(lambda: spawn("hand over", self._link.close()))
 
-    # --- other models of the server ----------------------------------------------------------------------------------
-
     async def _loaded(self) -> None:
         """Wait until Triton has taken us in, and calls."""
         model, version = self._place.model, self._place.version
         while not await asyncio.to_thread(self._repository.is_ready, model, version):  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(_POLL_S)
-
-    async def _companions_ready(self) -> None:
-        """Load them; where Triton does not let us, wait for those of the operator that routers need."""
-        names = model_config.companions(self._place.name, self._config.dialect)
-        if self._place.explicit:
-            for name in names:
-                await asyncio.to_thread(self._load, name)
-        names = names[:2]
-        patience_s, told = time.monotonic() + _COMPANIONS_PATIENCE_S, False
-        while missing := [name for name in names if not await asyncio.to_thread(self._repository.is_ready, name)]:
-            if not told and time.monotonic() > patience_s:
-                told = True
-                self._say(f"routers cannot use it before {' and '.join(missing)} are loaded (docs/triton.md)")
-            await asyncio.sleep(_POLL_S)
-
-    def _load(self, name: str) -> None:
-        if self._repository.is_ready(name):
-            return
-        try:
-            self._repository.load(name, model_config.companion(self._place.name, self._place.config))
-        except RepositoryError as error:
-            self._say(f"{name} cannot be loaded: {error}")
-        else:
-            self._companions.append(name)
-
-    def _unload(self, name: str) -> None:
-        with contextlib.suppress(RepositoryError):  # the server is about to end
-            self._repository.unload(name)
 
     def _say(self, text: str) -> None:
         self._triton.Logger.log_warn(f"dynamo_llm {self._place.name}: {' '.join(text.split())}")

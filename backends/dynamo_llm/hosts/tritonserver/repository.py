@@ -10,6 +10,11 @@ from typing import Any
 
 from tritonclient.grpc import InferenceServerClient, InferenceServerException
 
+_ANSWER_S = 10.0
+"""For a question."""
+_CHANGE_S = 300.0
+"""For a load or an unload, which ends what the model has in flight."""
+
 
 class RepositoryError(Exception):
     """What the server did not do. The message is its own."""
@@ -25,7 +30,7 @@ class Repository:
         """False also while the server takes no calls."""
         try:
             with closing(InferenceServerClient(self._address)) as client:
-                return bool(client.is_model_ready(model, version))
+                return bool(client.is_model_ready(model, version, client_timeout=_ANSWER_S))
         except InferenceServerException:
             return False
 
@@ -33,13 +38,15 @@ class Repository:
         """A model that is nowhere on a disk: its config, and an empty version 1."""
         try:
             with closing(InferenceServerClient(self._address)) as client:
-                client.load_model(model, config=json.dumps(config), files={"file:1/empty": b""})
+                client.load_model(
+                    model, config=json.dumps(config), files={"file:1/empty": b""}, client_timeout=_CHANGE_S
+                )
         except InferenceServerException as error:
             raise RepositoryError(error.message()) from None
 
     def unload(self, model: str) -> None:
         try:
             with closing(InferenceServerClient(self._address)) as client:
-                client.unload_model(model)
+                client.unload_model(model, client_timeout=_CHANGE_S)
         except InferenceServerException as error:
             raise RepositoryError(error.message()) from None
