@@ -1,5 +1,5 @@
 """One instance in the registry: a `Service` that outlives its engines. The hosts' entry points (`worker.py`,
-`hosts/triton.py`) run it.
+`hosts/tritonserver/deployment.py`) run it.
 
 A *life* is one engine under one epoch: the engine, the publisher of its KV events, the lease on its card. When the
 engine dies, what it had in flight gets `engine_failure`, the life ends (first the lease, so that no router sends more)
@@ -148,6 +148,13 @@ class Instance:
         self.service.end_sessions("drained")
         await until(lambda: not self.service.streams, ENDING_S)
         return cancelled
+
+    async def give_up_routers(self) -> None:
+        """Leave the registry, take nothing new, and end routers' sessions: they go on elsewhere. Others finish."""
+        await self.leave()
+        self.service.drain()
+        self.service.end_sessions("drained", local=False)
+        await until(lambda: not self.service.streams, ENDING_S)
 
     async def close(self) -> None:
         """End the life and everything of it. May be called twice, and at any point."""

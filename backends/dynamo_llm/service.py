@@ -259,9 +259,10 @@ class Service:
         for key in keys:
             self.engine.cancel(key)
 
-    def end_sessions(self, reason: str) -> None:
+    def end_sessions(self, reason: str, *, local: bool = True) -> None:
+        """Those of routers and, with `local`, those of readers in this process."""
         with self._lock:
-            sessions = [*self._sessions.values(), *self._local]
+            sessions = [*self._sessions.values(), *(self._local if local else ())]
         for session in sessions:
             self.end_session(session, reason)
 

@@ -161,6 +161,41 @@ async def test_reload(start: Any, tmp_path: Path) -> None:
     assert all(site.ready(*NAMES))
 
 
+async def test_reloads_cut_nobody_off(start: Any, tmp_path: Path) -> None:
+    """Clients of the model itself get the whole of their answers from the one that they asked, however often another
+    follows; its companions go with the last one."""
+    site = await start(one_entry)
+    file = tmp_path / "repository/demo/1/model.json"
+    answers = []
+    for step_s in (0.004, 0.003, 0.002):
+        (card,) = (await site.cards()).values()
+        answers.append(asyncio.create_task(asyncio.to_thread(site.ask, max_tokens=400)))
+        await site.eventually(lambda: site.metrics().get(RUNNING))
+        options = json.loads(file.read_text())
+        options["engine_options"]["step_s"] = step_s
+        file.write_text(json.dumps(options))
+        site.client.load_model("demo")
+        await site.eventually(partial(_has_other, site, card))
+    assert await asyncio.gather(*answers) == [list(range(11, 411))] * 3
+    site.client.unload_model("demo")
+    await site.eventually(lambda: not any(site.ready(*NAMES)))
+
+
+async def test_an_unload_with_a_client_of_the_model(start: Any) -> None:
+    """Triton lets it finish first; routers are told at once all the same."""
+    site = await start(one_entry)
+    answer = asyncio.create_task(asyncio.to_thread(site.ask, max_tokens=900))
+    await site.eventually(lambda: site.metrics().get(RUNNING))
+    site.client.unload_model("demo")
+
+    async def is_gone() -> bool:
+        return await site.cards() == {}
+
+    await site.eventually(is_gone)
+    assert not answer.done()
+    assert await answer == list(range(11, 911))
+
+
 async def test_versions(start: Any) -> None:
     """Each version is an instance; clients of a router know the newest by the model's name."""
     site = await start(lambda folder, **options: make_entry(folder, options, config=ALL_VERSIONS, versions=(1, 3)))
@@ -299,15 +334,15 @@ def _tensor(name: str, values: list[int]) -> triton_grpc.InferInput:
     return tensor
 
 
-async def test_a_killed_stub_ends_the_server(start: Any) -> None:
+@pytest.mark.parametrize("model", ["demo", "demo.control", "demo.session"])
+async def test_a_killed_stub_ends_the_server(start: Any, model: str) -> None:
     """Triton would call the model ready for good, so the launcher ends it and says why; nothing is left over."""
     site = await start(one_entry)
-    (stub,) = [pid for pid in site.worker.descendants if b"/demo/1/model.py" in _command(pid)]
-    await asyncio.sleep(1.2)  # the launcher looks once a second, and has to have seen it
+    (stub,) = [pid for pid in site.worker.descendants if re.search(rf"\0{model}(_0)+\0".encode(), _command(pid))]
     os.kill(stub, signal.SIGKILL)
     await site.eventually(lambda: site.worker.process.poll() is not None, timeout_s=30.0)
     assert site.worker.wait() == 1
-    assert "the process of demo, version 1, has died" in "\n".join(site.worker.err)
+    assert f"the process of {model} has died" in "\n".join(site.worker.err)
     await site.eventually(lambda: site.worker.nothing_left)
 
 

@@ -57,6 +57,9 @@ def test_who_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("file", "parameters", "text"),
     [
+        ({"model": 5}, {}, "model must be a text"),
+        ({"engine_options": "[" * 100_000}, {}, "engine_options"),
+        ({}, {"engine_options": "[" * 100_000}, "engine_options is no JSON"),
         ({"engin": "mock"}, {}, "unknown option 'engin'; did you mean 'engine'?"),
         ({}, {"max_inflight": "many"}, "max_inflight"),
         ({}, {"engine_options": "{"}, "the parameter engine_options is no JSON"),
@@ -74,9 +77,16 @@ def test_what_is_wrong_is_named(tmp_path: Path, file: Any, parameters: dict[str,
 
 def test_a_file_that_is_no_json(tmp_path: Path) -> None:
     """Is told by its name."""
-    (tmp_path / "model.json").write_bytes(b"\xff{")
-    with pytest.raises(ConfigError, match=r"model\.json cannot be read"):
-        options(tmp_path)
+    for garbage in (b"\xff{", b"[" * 100_000):
+        (tmp_path / "model.json").write_bytes(garbage)
+        with pytest.raises(ConfigError, match=r"model\.json cannot be read"):
+            options(tmp_path)
+
+
+def test_a_port_that_is_none(tmp_path: Path) -> None:
+    """Of the server's own flags; Triton itself would not have started with it."""
+    with pytest.raises(ConfigError, match="--grpc-port=x of the tritonserver is no port"):
+        options(tmp_path, server={"grpc-port": "x"})
 
 
 def test_flags_of_a_server() -> None:

@@ -30,8 +30,6 @@ class CompanionModels:
         self._config = config
         self._say = say
         self._loading: set[asyncio.Task[None]] = set()
-        self._ours: list[str] = []
-        """Those that we have loaded."""
         self._complaints: set[str] = set()
 
     async def ready(self) -> None:
@@ -48,10 +46,11 @@ class CompanionModels:
             await backoff.pause()
 
     async def unload(self) -> None:
-        """Those that we have loaded, or are loading."""
+        """All, also those that are being loaded: without their model they serve nobody."""
         if self._loading:
             await asyncio.wait(self._loading)
-        await asyncio.gather(*(asyncio.to_thread(self._unload, name) for name in self._ours))
+        if self._config is not None:
+            await asyncio.gather(*(asyncio.to_thread(self._unload, name) for name in self._all))
 
     def _begin(self, name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(self._load(name))
@@ -66,15 +65,13 @@ class CompanionModels:
             await asyncio.to_thread(self._repository.load, name, self._config or {})
         except RepositoryError as error:
             self._complain(f"{name} cannot be loaded: {error}")
-        else:
-            self._ours.append(name)
 
     def _unload(self, name: str) -> None:
-        with contextlib.suppress(RepositoryError):  # the server is about to end
+        with contextlib.suppress(RepositoryError):  # it was not loaded, or the server is about to end
             self._repository.unload(name)
 
     async def _is_ready(self, name: str) -> bool:
-        return await asyncio.to_thread(self._repository.is_ready, name)
+        return bool(await asyncio.to_thread(self._repository.is_ready, name))
 
     def _complain(self, text: str) -> None:
         """Once of each."""

@@ -10,6 +10,7 @@ new one takes over the name, as the last thing that it does before it serves.
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
@@ -41,6 +42,9 @@ _REDIS_TIMEOUT_S = 20.0
 """How long a load waits for Redis: the operator who asked for it waits, too."""
 _POLL_S = 0.1
 _FIGURES_S = 0.5
+_WATCH_S = 1.0
+_PATIENCE_S = 30.0
+_TAKE_OVER_S = 20.0
 
 T = TypeVar("T")
 
@@ -70,6 +74,7 @@ class Deployment:
         self._ending = False
         self._handed_over = False
         self._registered = False
+        self._figures: Figures
         self._link: LinkServer
         self._instance: Instance
         self.public: PublicModels
@@ -91,9 +96,9 @@ class Deployment:
         """Let what is in flight end, and undo all else."""
         self._ending = True
         await stop(self._retiring, *self._tasks)
+        await self._instance.drain(self._config.drain_timeout_s)
+        await self._link.close()
         if not self._handed_over:
-            await self._instance.drain(self._config.drain_timeout_s)
-            await self._link.close()
             await self._companions.unload()
         await self._stack.aclose()
 
@@ -114,9 +119,13 @@ class Deployment:
         )
         await self._take_over()
         self._watch(service)
-        figures = Figures(self._triton, instance.metrics, model=place.model, version=place.version)
+        figures = self._figures = Figures(self._triton, instance.metrics, model=place.model, version=place.version)
         self._stack.push_async_callback(asyncio.to_thread, figures.close)
-        self._tasks = [spawn("figures", self._keep_up(figures)), spawn("announce", self._announce(registry))]
+        self._tasks = [
+            spawn("figures", self._keep_up(figures)),
+            spawn("announce", self._announce(registry)),
+            spawn("leave", self._leave_with_triton()),
+        ]
 
     async def _redis(self) -> Redis:
         deadline_s = time.monotonic() + _REDIS_TIMEOUT_S
@@ -140,11 +149,18 @@ class Deployment:
             "drain": self._drain,
             "hand_over": self._hand_over,
         }
-        with contextlib.suppress(LinkLost, CallError):  # there is none, or it ended while it did what it was asked
-            await asyncio.to_thread(ask_once, name, "hand_over")
         self._link = LinkServer(name, methods)
-        await self._link.open()
         self._stack.push_async_callback(self._link.close)
+        give_up_s = time.monotonic() + _TAKE_OVER_S
+        while True:
+            with contextlib.suppress(LinkLost, CallError):  # there is none, or it is just ending
+                await asyncio.to_thread(ask_once, name, "hand_over")
+            try:
+                return await self._link.open()
+            except OSError:
+                if time.monotonic() > give_up_s:
+                    raise
+            await asyncio.sleep(_POLL_S)
 
     async def _keep_up(self, figures: Figures) -> None:
         while True:
@@ -200,7 +216,7 @@ class Deployment:
 
     async def _leave_triton(self) -> None:
         """Triton 2.51 asks no model whether it is ready: one without an engine can only be unloaded."""
-        await self._instance.drain(self._config.drain_timeout_s)
+        await self._drain_all()
         if self._place.explicit:
             with contextlib.suppress(RepositoryError):  # the server is about to end
                 await asyncio.to_thread(self._repository.unload, self._place.model)  # `end` comes of it
@@ -221,22 +237,44 @@ class Deployment:
     async def _drain(self, _: bytes) -> AsyncGenerator[bytes, None]:
         """For the launcher, which ends the server next: while that still sends what sessions have to say."""
         self._ending = True
-        await self._instance.drain(self._config.drain_timeout_s)
+        await self._drain_all()
         yield b""
 
     async def _hand_over(self, _: bytes) -> AsyncGenerator[bytes, None]:
-        """To the same model in a newer process: routers replay there, or elsewhere, what is in flight here."""
+        """To the same model in a newer process. Routers replay there, or elsewhere, what is in flight here; clients of
+        our own get the rest of their answers, and Triton ends us afterwards."""
         self._ending = self._handed_over = True
         await stop(self._retiring, *self._tasks)
-        await self._instance.drain(0.0)
+        await self._instance.give_up_routers()
+        # The other one's figures have the same names. Triton keeps one of each, and frees it with whoever goes first.
+        await asyncio.to_thread(self._figures.close)
+        self._link.free_name()
+        self._retiring = spawn("drain", self._drain_all())
         yield b""
-        asyncio.get_running_loop().call_soon(lambda: spawn("hand over", self._link.close()))
 
     async def _loaded(self) -> None:
         """Wait until Triton has taken us in, and calls."""
-        model, version = self._place.model, self._place.version
-        while not await asyncio.to_thread(self._repository.is_ready, model, version):  # noqa: ASYNC110 - nobody tells
+        patience_s = time.monotonic() + _PATIENCE_S
+        while not (ready := await self._is_ready()):
+            if ready is None and time.monotonic() > patience_s:
+                self._say(f"routers cannot use it: Triton answers no gRPC without TLS at {self._place.grpc_address}")
+                patience_s = math.inf
             await asyncio.sleep(_POLL_S)
+
+    async def _leave_with_triton(self) -> None:
+        """Triton ends a model that is unloaded only when its own requests have ended: routers leave at once, and the
+        others have `drain_timeout`."""
+        await self._loaded()
+        while await self._is_ready() is not False:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(_WATCH_S)
+        self._ending = True
+        await self._drain_all()
+
+    async def _is_ready(self) -> bool | None:
+        return await asyncio.to_thread(self._repository.is_ready, self._place.model, self._place.version)
+
+    async def _drain_all(self) -> None:
+        await self._instance.drain(self._config.drain_timeout_s)
 
     def _say(self, text: str) -> None:
         self._triton.Logger.log_warn(f"dynamo_llm {self._place.name}: {' '.join(text.split())}")

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import http.client
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,11 +33,14 @@ from dynamo_llm.hosts.base import HostError, refuse_numpy_2
 from dynamo_llm.hosts.tritonserver.link import CallError, LinkLost, Status, ask_once, links_of
 from dynamo_llm.hosts.tritonserver.options import REDIS_VARIABLE
 from kvstore.tasks import stop
+from kvstore.wire import CONTROL_SUFFIX, SESSION_SUFFIX
 
 OK, FAILED, CANNOT_START = 0, 1, 2
 MODEL_FILE = Path(__file__).parents[2] / "model.py"
 _POLL_S = 0.1
 _WATCH_S = 1.0
+_STUB = "triton_python_backend_stub"
+_NUMBERS = re.compile(r"(_\d+)+$")
 _EXIT_TIMEOUT_S = 30.0
 _DEAD_STUB_TIMEOUT_S = 3.0
 """It would wait in vain for the dead one."""
@@ -95,8 +99,8 @@ class _Launcher:
         self._environment = environment
         self._signal = asyncio.Event()
         self._signalled_s: float | None = None
-        self._links: dict[str, Status] = {}
-        """Those that have been there, and were not unloaded."""
+        self._known: dict[str, str] = {}
+        """Links and companions that have been there and were not unloaded, with Triton's path of their readiness."""
         self._process: subprocess.Popen[bytes]
 
     async def run(self) -> int:
@@ -117,7 +121,7 @@ class _Launcher:
             await asyncio.wait({exited, signalled, serving}, return_when=asyncio.FIRST_COMPLETED)
             if exited.done():
                 _say(f"the Triton server ended by itself with exit code {self._process.returncode}; its log says why")
-                return FAILED if self._links else CANNOT_START
+                return FAILED if self._known else CANNOT_START
             if serving.done():
                 _say(serving.result())
                 await self._end(exited, _DEAD_STUB_TIMEOUT_S)
@@ -133,6 +137,7 @@ class _Launcher:
         await _until(lambda: _answers(settings, "/v2/health/ready"))
         links = links_of(self._process.pid)
         statuses = [await _until(lambda link=link: _status(link)) for link in links]  # type: ignore[misc]
+        await asyncio.to_thread(self._look)
         host, instances = settings.connect_host, ",".join(status.instance for status in statuses)
         print(
             f"ready {settings.repositories[0]} grpc={host}:{settings.grpc_port} http={host}:{settings.http_port} "
@@ -142,20 +147,31 @@ class _Launcher:
         return await self._dead_stub()
 
     async def _dead_stub(self) -> str:
-        """Wait for a model that is ready, and not there."""
+        """Wait for a model that is ready without its process: in two looks, as one may fall into a reload."""
+        missed: set[str] = set()
         while True:
             await asyncio.sleep(_WATCH_S)
-            present = links_of(self._process.pid)
-            for link in present:
-                if (status := await asyncio.to_thread(_status, link)) is not None:
-                    self._links[link] = status
-            for link, status in list(self._links.items()):
-                path = f"/v2/models/{status.model}/versions/{status.version}/ready"
-                if link in present or link in links_of(self._process.pid):
-                    continue
-                if await asyncio.to_thread(_answers, self._settings, path):
-                    return f"the process of {status.model}, version {status.version}, has died"
-                del self._links[link]
+            there = await asyncio.to_thread(self._look)
+            dead = set()
+            for name in self._known.keys() - there:
+                if await asyncio.to_thread(_answers, self._settings, self._known[name]):
+                    dead.add(name)
+                else:
+                    del self._known[name]
+            if both := sorted(dead & missed):
+                return f"the process of {' and '.join(name.rpartition('/')[2] for name in both)} has died"
+            missed = dead
+
+    def _look(self) -> set[str]:
+        """What is there, by the names of links and of companions; takes in what is new."""
+        links, stubs = links_of(self._process.pid), stubs_of(self._process.pid)
+        for link in links:
+            if (status := _status(link)) is not None:
+                self._known[link] = f"/v2/models/{status.model}/versions/{status.version}/ready"
+            model = link.rpartition("/")[2]
+            companions = stubs & {model + CONTROL_SUFFIX, model + SESSION_SUFFIX}
+            self._known |= {companion: f"/v2/models/{companion}/ready" for companion in companions}
+        return stubs.union(links)
 
     async def _end(self, exited: "asyncio.Future[None]", timeout_s: float) -> None:
         await asyncio.gather(*(asyncio.to_thread(_ask, link, "drain") for link in links_of(self._process.pid)))
@@ -191,7 +207,7 @@ def carried() -> Path:
 def make_backends(server: Path, folder: Path, model_file: Path) -> None:
     """A backend directory: `python`, real copies with the stub of this Python, and `dynamo_llm`."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+    stub = server / "python_backend_stubs" / version / _STUB
     if not stub.is_file():
         raise HostError(f"the tritonserver that PyTriton carries has no stub for Python {version}")
     shutil.copytree(server / "backends" / "python", folder / "python", ignore=shutil.ignore_patterns("__pycache__"))
@@ -231,6 +247,18 @@ def command(server: Path, backends: Path, settings: Settings) -> list[str]:
         f"--backend-config=python,shm-region-prefix-name={backends.name}",
         *settings.arguments,
     ]
+
+
+def stubs_of(server_pid: int) -> set[str]:
+    """The models whose Python runs under a tritonserver; one that has died has no command line any more."""
+    models = set()
+    for children in Path(f"/proc/{server_pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread, or a child, that has ended meanwhile
+            for pid in children.read_text().split():
+                arguments = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
+                if arguments[0].endswith(_STUB):
+                    models.add(_NUMBERS.sub("", arguments[-2]))  # the model's instance, NAME_0 or NAME_0_0
+    return models
 
 
 async def _until(look: Callable[[], T | None]) -> T:

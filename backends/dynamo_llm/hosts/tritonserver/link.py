@@ -109,12 +109,18 @@ class LinkServer:
             lambda: _Connection(self._methods, self._connections), path="\0" + self._name
         )
 
+    def free_name(self) -> None:
+        """Another one may listen. Calls that are under way go on to their end, and with it their connection ends. May
+        be called twice."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        for connection in list(self._connections):
+            connection.end_when_idle()
+
     async def close(self) -> None:
         """Cancel all calls and free the name. May be called twice."""
-        server, self._server = self._server, None
-        if server is None:
-            return
-        server.close()
+        self.free_name()
         connections = list(self._connections)
         for connection in connections:
             connection.abort()
@@ -131,6 +137,7 @@ class _Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._frames = FrameBuffer()
         self._calls: list[Call] = []
+        self._ending = False
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._writable = asyncio.Event()
@@ -140,6 +147,10 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         self._transport.abort()
+
+    def end_when_idle(self) -> None:
+        self._ending = True
+        self._go_on()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # of a stream, as this is its protocol
@@ -170,7 +181,11 @@ class _Connection(asyncio.Protocol):
             self._task.cancel()
 
     def _go_on(self) -> None:
-        if self._task is None and self._calls:
+        if self._task is not None:
+            return
+        if self._ending:
+            self._transport.close()
+        elif self._calls:
             self._task = self._loop.create_task(self._carry_out(self._calls.pop(0)))
             self._task.add_done_callback(self._done)
 

@@ -28,7 +28,10 @@ def read(model: str, folder: Path, parameters: Mapping[str, str], server: Mappin
     for key, instead in _NOT_HERE.items():
         if values.pop(key, None) is not None:
             raise ConfigError(f"{key} cannot be set on a tritonserver: {instead}")
-    values["model_path"] = str(folder / values.get("model_path", "model"))
+    path = values.get("model_path", "model")
+    if not isinstance(path, str):
+        raise ConfigError(f"model must be a text, the path of a folder, not {path!r}")
+    values["model_path"] = str(folder / path)
     values.setdefault("model_name", model)
     return WorkerConfig.from_dict(values, strict=False)  # a parameter is always a string
 
@@ -49,8 +52,15 @@ def flags_of(command: bytes) -> dict[str, str]:
 
 def _defaults(server: Mapping[str, str]) -> dict[str, Any]:
     """What the server itself was told; each may be set otherwise, for a proxy or a mapped port."""
-    ports = {f"{kind}_port": int(server.get(f"{kind}-port") or port) for kind, port in _DEFAULT_PORTS.items()}
+    ports = {f"{kind}_port": _port(server, f"{kind}-port") or port for kind, port in _DEFAULT_PORTS.items()}
     return {**ports, "host": server.get("grpc-address") or "0.0.0.0"}
+
+
+def _port(server: Mapping[str, str], flag: str) -> int:
+    value = server.get(flag, "")
+    if value and not value.isdecimal():
+        raise ConfigError(f"--{flag}={value} of the tritonserver is no port")
+    return int(value or 0)
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -58,7 +68,7 @@ def _file(path: Path) -> dict[str, Any]:
         values = msgspec.json.decode(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path.name} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} must hold an object of options")
@@ -71,6 +81,6 @@ def _parameters(parameters: Mapping[str, str]) -> dict[str, Any]:
     if "engine_options" in values:
         try:
             values["engine_options"] = json.loads(values["engine_options"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"the parameter engine_options is no JSON: {error}") from None
     return values

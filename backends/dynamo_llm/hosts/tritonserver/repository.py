@@ -26,13 +26,13 @@ class Repository:
     def __init__(self, address: str) -> None:
         self._address = address
 
-    def is_ready(self, model: str, version: str = "") -> bool:
-        """False also while the server takes no calls."""
+    def is_ready(self, model: str, version: str = "") -> bool | None:
+        """None while the server takes no calls."""
         try:
             with closing(InferenceServerClient(self._address)) as client:
                 return bool(client.is_model_ready(model, version, client_timeout=_ANSWER_S))
-        except InferenceServerException:
-            return False
+        except InferenceServerException as error:
+            return False if "NOT_FOUND" in str(error.status()) else None
 
     def load(self, model: str, config: dict[str, Any]) -> None:
         """A model that is nowhere on a disk: its config, and an empty version 1."""
