@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,35 @@ async def test_a_stop_during_tokenising_is_kept(rig: Rig, monkeypatch: pytest.Mo
     assert await rig.ask({"stop": _array(True)}, request_id="a") == [{}]
     await asyncio.wait_for(request, 0.8)  # 900 steps take longer
     assert rig.engine.cancelled
+
+
+@pytest.mark.parametrize(("length", "elsewhere"), [(100, False), (1000, True)])
+async def test_much_text_is_tokenised_elsewhere(monkeypatch: pytest.MonkeyPatch, length: int, elsewhere: bool) -> None:
+    """All of a request counts, its prompts and its words; the loop carries routers' sessions meanwhile."""
+    threads = set()
+    encode = Tokenizer.encode
+
+    def note(*arguments: Any, **more: Any) -> bytes:
+        threads.add(threading.current_thread())
+        return encode(*arguments, **more)
+
+    monkeypatch.setattr(Tokenizer, "encode", note)
+    rig = Rig()
+    try:
+        words = ["word" * (length // 4)] * 64
+        weights = np.zeros((2, 64), np.float32)
+        await rig.ask(
+            {
+                "text_input": np.array([[b"Hi"], [b"Ho"]], np.object_),
+                "embedding_bias_words": np.stack([_array(words)] * 2),
+                "embedding_bias_weights": weights,
+                "max_tokens": np.array([[1], [1]], np.int32),
+            }
+        )
+    finally:
+        rig.engine.close()
+    assert threads
+    assert (threading.main_thread() not in threads) is elsewhere
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "trtllm"])
@@ -467,6 +497,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a flat word list": (ALONE | {"stop_words_list": [1, 2]}, r"stop_words_list must have the shape \[2, n\]"),
     "offsets back": (ALONE | {"bad_words_list": np.array([[1, 2], [2, 1]], np.int32)}, "bad_words_list: offsets must"),
     "offsets beyond": (ALONE | {"stop_words_list": np.array([[1], [2]], np.int32)}, "stop_words_list: offsets must"),
+    "a negative bad word": (
+        ALONE | {"bad_words_list": np.array([[-5, -7], [2, -1]], np.int32)},
+        "bad_words_list has the token id -5; the model has 0 to",
+    ),
+    "a stop word beyond the vocabulary": (
+        ALONE | {"stop_words_list": np.array([[1 << 30], [1]], np.int32)},
+        "stop_words_list has the token id 1073741824; the model has 0 to",
+    ),
+    "many options": (
+        ALONE | {"sampling_parameters": json.dumps({str(number): 1 for number in range(257)})},
+        "sampling parameters were given, 256 are allowed",
+    ),
+    "a huge document": (ALONE | {"sampling_parameters": " " * ((1 << 20) + 1)}, "characters, 1048576 are allowed"),
     "many words": (ALONE | {"bad_words": ["a"] * 65}, "bad_words has 65 elements, 64 are allowed"),
     "many words by id": (
         ALONE | {"stop_words_list": np.array([range(65), range(1, 66)], np.int32)},

@@ -24,7 +24,7 @@ _CLIENT_REQUEST_ID = "request_id"
 _RESERVED = frozenset({"id", _CLIENT_REQUEST_ID, "sequence_id", "sequence_start", "sequence_end", "headers"})
 """Request parameters that say nothing about sampling. The generate extension takes `id` for the request's id too."""
 _LONG_TEXT = 1 << 16
-"""Characters from which on a prompt is tokenised in a thread."""
+"""Bytes of text from which on a request is read in a thread: tokenising it would hold up everybody else."""
 _CHARACTERS_PER_TOKEN = 256
 """No prompt has so many; what is longer is refused unseen."""
 
@@ -101,11 +101,18 @@ def head(tensors: Mapping[str, Any], parameters: Mapping[str, Any]) -> tuple[str
 
 async def understand(tensors: Mapping[str, Any], parameters: Mapping[str, Any], model: Model) -> list[Prompt]:
     """The prompts of a request, one or a batch. Raises `ServiceError`."""
+    texts = (array for array in tensors.values() if array.dtype.kind in "OS")
+    if sum(len(value) for array in texts for value in array.reshape(-1)) < _LONG_TEXT:
+        return _understand(tensors, parameters, model)
+    return await asyncio.to_thread(_understand, tensors, parameters, model)
+
+
+def _understand(tensors: Mapping[str, Any], parameters: Mapping[str, Any], model: Model) -> list[Prompt]:
     size = batch_size(tensors)
     if size is None:
-        return [await _Reader(Row(tensors), "vllm", model).read(parameters)]
+        return [_Reader(Row(tensors), "vllm", model).read(parameters)]
     # Clients of tensorrtllm_backend set parameters of their own, which it does not read.
-    prompts = [await _Reader(Row(tensors, index), "tensorrtllm", model).read({}) for index in range(size)]
+    prompts = [_Reader(Row(tensors, index), "tensorrtllm", model).read({}) for index in range(size)]
     if sum(prompt.options.n for prompt in prompts) > MAX_SEQUENCES:
         refuse(f"a request may ask for {MAX_SEQUENCES} answers, all prompts together")
     return prompts
@@ -119,14 +126,14 @@ class _Reader:
         self._dialect = dialect
         self._model = model
 
-    async def read(self, parameters: Mapping[str, Any]) -> Prompt:
+    def read(self, parameters: Mapping[str, Any]) -> Prompt:
         row = self._row
         flags = frozenset(name for name in FLAGS if row.flag(name))
         trtllm.refuse_unserved(row)
         sampling, options = parse_sampling(self._values(parameters))
         if options.stop_strings and self._model.tokenizer is None:
             refuse("stop strings need a tokenizer, and the model has none")
-        text, token_ids = await self._prompt(options.add_special_tokens)
+        text, token_ids = self._prompt(options.add_special_tokens)
         return Prompt(
             dialect=self._dialect,
             index=row.index or 0,
@@ -138,7 +145,7 @@ class _Reader:
             flags=flags,
             prepend=self._prepend(flags),
             include_stop=options.include_stop_str_in_output or self._dialect == "tensorrtllm",
-            stop_ids=trtllm.stop_ids(row),
+            stop_ids=trtllm.stop_ids(row, self._model.info.vocab_size),
         )
 
     def _values(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +169,7 @@ class _Reader:
             trtllm.sampling_values(row, values, self._model.info.vocab_size)
         elif (end_id := row.one("end_id")) is not None:
             values["stop_token_ids"] = [end_id]
-        trtllm.engine_options(row, values, self._model.tokenizer)
+        trtllm.engine_options(row, values, self._model.tokenizer, self._model.info.vocab_size)
         return values
 
     def _prepend(self, flags: frozenset[str]) -> bool:
@@ -176,7 +183,7 @@ class _Reader:
             excluded = self._dialect == "tensorrtllm" and self._model.exclude_input
         return not excluded
 
-    async def _prompt(self, add_special_tokens: bool) -> tuple[str | None, bytes]:
+    def _prompt(self, add_special_tokens: bool) -> tuple[str | None, bytes]:
         token_ids = self._row.array("input_ids")
         if token_ids is not None:
             return None, self._ids(token_ids.reshape(-1))
@@ -186,10 +193,7 @@ class _Reader:
         if len(text) > _CHARACTERS_PER_TOKEN * self._model.info.max_context:
             message = f"{len(text)} characters do not fit the context of {self._model.info.max_context} tokens"
             raise ServiceError("context_length_exceeded", message)
-        if len(text) < _LONG_TEXT:
-            encoded = tokenizer.encode(text, add_special_tokens)
-        else:
-            encoded = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+        encoded = tokenizer.encode(text, add_special_tokens)
         if not encoded:
             refuse("the prompt is empty")
         return text, encoded

@@ -108,7 +108,7 @@ class Row:
             refuse(f"{name} has an element of more than {MAX_WORD_BYTES} bytes")
         return [_text(name, value) for value in array.reshape(-1)]
 
-    def words(self, name: str) -> list[tuple[int, ...]]:
+    def words(self, name: str, vocab_size: int) -> list[tuple[int, ...]]:
         """tensorrtllm_backend's word lists, shape [2, n]: the token ids of all words, and where each word ends."""
         array = self.array(name)
         if array is None or array.size == 0:
@@ -126,6 +126,9 @@ class Row:
             not 0 < end - start <= MAX_WORD_TOKENS or end > len(ids) for start, end in zip(starts, ends, strict=True)
         ):
             refuse(f"{name}: offsets must grow, by at most {MAX_WORD_TOKENS}, up to the number of tokens")
+        used = ids[: ends[-1]] if ends else []
+        if wrong := [token for token in used if not 0 <= token < vocab_size]:
+            refuse(f"{name} has the token id {wrong[0]}; the model has 0 to {vocab_size - 1}")
         return [tuple(ids[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 

@@ -19,6 +19,9 @@ DEFAULT_MAX_TOKENS = 16
 """Where a client names no `max_tokens`, as in vLLM; an explicit null in `sampling_parameters` lifts the limit."""
 MAX_SEQUENCES = 128
 """Most answers to one request: prompts of a batch times `n`."""
+_MAX_OPTIONS = 256
+_MAX_JSON = 1 << 20
+"""Characters: a schema may be long."""
 _JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -45,6 +48,9 @@ _SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"extra"}
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
+    """Raises `ServiceError`."""
+    if len(text) > _MAX_JSON:
+        refuse(f"{name} has {len(text)} characters, {_MAX_JSON} are allowed")
     try:
         return msgspec.json.decode(text or "{}", type=dict[str, Any])
     except _JSON_ERRORS as error:
@@ -53,6 +59,8 @@ def json_object(name: str, text: str) -> dict[str, Any]:
 
 def parse_sampling(values: Mapping[str, Any]) -> tuple[SamplingParams, Options]:
     """Numbers may be strings, and a null is as good as nothing (but for `max_tokens`). Raises `ServiceError`."""
+    if len(values) > _MAX_OPTIONS:
+        refuse(f"{len(values)} sampling parameters were given, {_MAX_OPTIONS} are allowed")
     values = {name: value for name, value in values.items() if value is not None or name == "max_tokens"}
     values.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
     if values.get("top_k") in (-1, "-1"):  # vLLM's way to say: all
@@ -72,11 +80,9 @@ def parse_sampling(values: Mapping[str, Any]) -> tuple[SamplingParams, Options]:
 
 def explained(message: str, sampling: SamplingParams) -> str:
     """An engine's refusal, with what was probably meant by an option that it does not know."""
-    for name in sampling.extra:
-        near = difflib.get_close_matches(name[:64], _OPTIONS | _SAMPLING, n=1)
-        if near and repr(name) in message and "did you mean" not in message:
-            return f"{message}; did you mean {near[0]!r}?"
-    return message
+    named = (name for name in sampling.extra if repr(name) in message)
+    near = difflib.get_close_matches(next(named, "")[:64], _OPTIONS | _SAMPLING, n=1)
+    return f"{message}; did you mean {near[0]!r}?" if near and "did you mean" not in message else message
 
 
 def _structured(extra: dict[str, Any]) -> None:

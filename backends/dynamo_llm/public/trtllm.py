@@ -43,11 +43,11 @@ def sampling_values(row: Row, values: dict[str, Any], vocab_size: int) -> None:
         values["stop_token_ids"] = [end_id] if 0 <= end_id < vocab_size else []
 
 
-def engine_options(row: Row, values: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+def engine_options(row: Row, values: dict[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> None:
     """Bring into `values` what biases, guides or adapts the model."""
     bias: dict[int, float] = {}
     _embedding_bias(row, tokenizer, bias)
-    _bad_words(row, values, tokenizer, bias)
+    _bad_words(row, values, tokenizer, vocab_size, bias)
     if bias:
         given = values.get("logit_bias")
         values["logit_bias"] = {**given, **bias} if isinstance(given, dict) else bias
@@ -56,12 +56,14 @@ def engine_options(row: Row, values: dict[str, Any], tokenizer: Tokenizer | None
         values["lora_name"] = str(task)
 
 
-def stop_ids(row: Row) -> tuple[tuple[int, ...], ...]:
+def stop_ids(row: Row, vocab_size: int) -> tuple[tuple[int, ...], ...]:
     """The token sequences of `stop_words_list`."""
-    return tuple(row.words("stop_words_list"))
+    return tuple(row.words("stop_words_list", vocab_size))
 
 
-def _bad_words(row: Row, values: dict[str, Any], tokenizer: Tokenizer | None, bias: dict[int, float]) -> None:
+def _bad_words(
+    row: Row, values: dict[str, Any], tokenizer: Tokenizer | None, vocab_size: int, bias: dict[int, float]
+) -> None:
     """A word of one token is a bias, which every engine has. Longer ones go to the engine by vLLM's `bad_words`."""
     longer: list[str] = []
     for word in filter(None, row.texts("bad_words")):
@@ -70,7 +72,7 @@ def _bad_words(row: Row, values: dict[str, Any], tokenizer: Tokenizer | None, bi
             bias[ids[0]] = _BANNED
         else:
             longer.append(word)
-    for ids in row.words("bad_words_list"):
+    for ids in row.words("bad_words_list", vocab_size):
         if len(ids) == 1:
             bias[ids[0]] = _BANNED
         else:
