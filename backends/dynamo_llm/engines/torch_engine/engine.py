@@ -1,13 +1,14 @@
 """The engine: one thread that steps while there is work. See `engines/base.py` for the contract it keeps."""
 
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dynamo_llm.engines.base import EngineInfo, EngineRequest, RequestError, StepResult
+from dynamo_llm.engines.base import EngineError, EngineInfo, EngineRequest, RequestError, StepResult
 from dynamo_llm.engines.stepping import SteppingEngine
 from dynamo_llm.engines.torch_engine.blocks import BlockManager
 from dynamo_llm.engines.torch_engine.config import TorchConfig
@@ -17,7 +18,8 @@ from dynamo_llm.engines.torch_engine.runner import Runner
 from dynamo_llm.engines.torch_engine.scheduler import Scheduler, Work
 from dynamo_llm.engines.torch_engine.sequence import Sequence
 from dynamo_llm.engines.torch_engine.speed import Speed
-from dynamo_llm.transfer import KvTransfer
+from dynamo_llm.transfer import KvTransfer, TransferError
+from dynamo_llm.transfer.metrics import TransferMetrics
 from kvstore.cards import KvOp
 from kvstore.wire import Load, Output, Started, TokenLogprob
 
@@ -117,11 +119,19 @@ class TorchEngine(SteppingEngine[Sequence]):
 
     # --- disaggregation ---------------------------------------------------------------------------------------------
 
-    def open_transfer(self, name: str) -> KvTransfer:
-        """Let blocks come and go from now on, as the agent `name`; before `start`. Raises `TransferError`."""
+    def open_transfer(self, name: str, metrics: TransferMetrics | None = None) -> KvTransfer:
+        """See `engines.base.MovesBlocks`."""
+
+        def drop(blocks: Collection[int]) -> None:
+            self.post(lambda: self._scheduler.blocks.drop(blocks))
+
         layout = self._runner.layout(self.info.model)
-        self._handover = Handover(name, layout, self._scheduler, self.post, self._lease_s)
-        return self._handover.transfer
+        try:
+            transfer = KvTransfer(name, layout, lambda request_id, blocks: drop(blocks), metrics)
+        except TransferError as error:
+            raise EngineError(str(error)) from error
+        self._handover = Handover(transfer, self._scheduler, self.post, self._lease_s)
+        return transfer
 
     # --- parts of a step ----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dynamo_llm.engines.torch_engine.scheduler import Scheduler
 from dynamo_llm.engines.torch_engine.sequence import Sequence
-from dynamo_llm.transfer import KvTransfer, Layout, TransferError
+from dynamo_llm.transfer import KvTransfer, TransferError
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +28,14 @@ class Handover:
 
     def __init__(
         self,
-        name: str,
-        layout: Layout,
+        transfer: KvTransfer,
         scheduler: Scheduler,
         post: Callable[[Callable[[], None]], None],
         lease_s: float,
     ) -> None:
-        """Raises `TransferError`."""
+        self.transfer = transfer
         self._scheduler, self._post, self._lease_s = scheduler, post, lease_s
         self._pulling: dict[int, Sequence] = {}
-        self.transfer = KvTransfer(name, layout, self._on_free)
 
     def pin(self, sequence: Sequence) -> dict[str, Any] | None:
         """Keep its prompt's blocks for a reader; the parameters by which it finds them. None: it must do without."""
@@ -121,9 +119,6 @@ class Handover:
         """Those that gave their blocks back go on by themselves."""
         for sequence in [s for s in self._pulling.values() if s.row < 0]:
             self.leave(sequence)
-
-    def _on_free(self, request_id: str, blocks: tuple[int, ...]) -> None:
-        self._post(lambda: self._scheduler.blocks.drop(blocks))
 
 
 def check_params(params: dict[str, Any]) -> bool:
