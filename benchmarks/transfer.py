@@ -20,6 +20,7 @@ from typing import Any
 
 os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
 os.environ.setdefault("UCX_LOG_LEVEL", "error")
+os.environ.setdefault("UCX_NET_DEVICES", "lo")
 
 import numpy as np
 

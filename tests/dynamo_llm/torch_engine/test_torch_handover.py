@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dynamo_llm.engines.base import EngineRequest, RequestError, StepResult
+from dynamo_llm.engines.base import EngineError, EngineRequest, RequestError, StepResult
 from dynamo_llm.transfer import KvTransfer, TransferError
 from kvstore.wire import Output, SamplingParams
 
@@ -317,3 +317,14 @@ def test_engines_on_their_threads(make: Make, prompts: list[list[int]], referenc
     assert tokens == {key: reference.greedy(prompt_of(key), 8) for key in tokens}
     assert target.metrics.failures == {}
     assert deaths == []
+
+
+def test_without_nixl_it_does_not_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that says what to install, as for every other missing package."""
+
+    def missing(*args: Any) -> None:
+        raise TransferError("missing", "needs nixl: pip install 'dynamo-llm[nixl]'")
+
+    monkeypatch.setattr("dynamo_llm.transfer.transfer.NixlAgent", missing)
+    with pytest.raises(EngineError, match=r"dynamo-llm\[nixl\]"):
+        make().engine.open_transfer("p-1")

@@ -149,7 +149,7 @@ class TorchEngine(SteppingEngine[Sequence]):
             sequence = item.sequence
             if sequence.first_step_s is None:
                 sequence.first_step_s = now_s
-                sequence.cached_tokens = sequence.computed - sequence.pulled_tokens
+                sequence.cached_tokens = max(sequence.computed - sequence.pulled_tokens, 0)
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Output:
         """Give a sequence its next token; frees it when that was the last."""
