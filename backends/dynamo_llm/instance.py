@@ -19,11 +19,15 @@ import msgspec
 
 from dynamo_llm.config import WorkerConfig
 from dynamo_llm.engines import create_engine
-from dynamo_llm.engines.base import Engine, EngineError
+from dynamo_llm.engines.base import Engine, EngineError, MovesBlocks
 from dynamo_llm.lifecycle import Lifecycle, RestartPolicy
 from dynamo_llm.maker import Maker
 from dynamo_llm.metrics import Metrics
 from dynamo_llm.service import Limits, Service
+from dynamo_llm.transfer import KvTransfer
+from dynamo_llm.transfer.follow import follow_peers, publish
+from dynamo_llm.transfer.metadata import agent_name
+from dynamo_llm.transfer.metrics import TransferMetrics
 from kvstore.cards import InstanceCard
 from kvstore.errors import StoreError, StoreUnavailable
 from kvstore.events import EventPublisher
@@ -69,6 +73,9 @@ class Instance:
         self.name = name or model
         labels = {"triton_model": self.name} if config.instances > 1 else {}
         self.metrics = Metrics(model, **labels)
+        self.transfer_metrics = TransferMetrics(model, **labels)
+        if config.role != "agg":
+            self.metrics.parts.append(self.transfer_metrics)
         self._config = config
         self._create = lambda: create(config, folder, model)
         self._model = model
@@ -81,6 +88,8 @@ class Instance:
         self._lease: Lease | None = None
         self._maker: Maker | None = None
         """Of the engine that lives, or is to."""
+        self._transfer: KvTransfer | None = None
+        """Of the engine that lives, where its blocks are to be read by others or it reads theirs."""
         self._service: Service | None = None
         self._epoch = 0
         self._batches = (0, 0)
@@ -115,6 +124,8 @@ class Instance:
         `StoreError`, and may then be called again."""
         self._card = card
         made = msgspec.structs.replace(card(self.service.engine), instance=self.id, epoch=self._epoch)
+        if self._transfer is not None:
+            made = msgspec.structs.replace(made, nixl=await publish(self._registry, self._transfer))
         self._lease = await self._registry.register(made, ttl_s=self._config.lease_ttl_s)
         self._life.push_async_callback(self._lease.close)
         return made
@@ -198,6 +209,7 @@ class Instance:
         events = await self._life.enter_async_context(self._publisher(engine))
         self._life.callback(self._count_batches, events)
         self._life.push_async_callback(close)  # it must not outlive the publisher
+        await self._open_transfer(engine)
         before = self._batches
         self.metrics.events = lambda: _batches(before, events)
         if self._service is not None:
@@ -206,6 +218,15 @@ class Instance:
             self._service = self._first_service(engine, events)
             self._service.start()
         self._restarts.ready(time.monotonic())
+
+    async def _open_transfer(self, engine: Engine) -> None:
+        """Where the role asks for it. Raises `EngineError`."""
+        self._transfer = None
+        if self._config.role == "agg" or not isinstance(engine, MovesBlocks):
+            return
+        name = agent_name(self.id, self._epoch)
+        self._transfer = await asyncio.to_thread(engine.open_transfer, name, self.transfer_metrics)
+        await self._life.enter_async_context(follow_peers(self._registry, self._transfer))
 
     async def _end_life(self) -> None:
         """It goes on to its end however often the caller is cancelled; `close` waits for it then."""

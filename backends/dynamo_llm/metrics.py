@@ -89,6 +89,8 @@ class Metrics(Collector):
         self.frames = 0
         self.block_size = 0
         self._finished: deque[FinishedRequest] | None = None
+        self.parts: list[Collector] = []
+        """Figures of what only some workers have."""
         self.load: Callable[[], Load] = Load
         """The figures below are read when somebody scrapes; the worker sets them."""
         self.sessions: Callable[[], int] = lambda: 0
@@ -147,6 +149,8 @@ class Metrics(Collector):
             ("engine_step_seconds", self.step_s, "One engine step."),
         ):
             yield histogram.family(PREFIX + name, text, self._label)
+        for part in self.parts:
+            yield from part.collect()
 
     def _counters(self) -> Iterator[Metric]:
         published, dropped = self.events()

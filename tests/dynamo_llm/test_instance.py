@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from prometheus_client import generate_latest
 from redis.asyncio import Redis
 from scripted_engine import ScriptedEngine
 
@@ -14,6 +16,8 @@ from dynamo_llm import instance as module
 from dynamo_llm.config import WorkerConfig
 from dynamo_llm.engines.base import Engine
 from dynamo_llm.instance import Instance
+from dynamo_llm.transfer import KvTransfer, Layout, TransferError
+from dynamo_llm.transfer.metrics import TransferMetrics
 from kvstore.cards import InstanceCard
 from kvstore.keys import Keys
 from kvstore.registry import Registry
@@ -162,3 +166,67 @@ async def test_a_life_comes_to_its_end_though_its_keeper_is_stopped(
     await closing
     assert engine.closed.is_set()
     assert running.said == []
+
+
+class Moving(Slow):
+    """An engine whose blocks can be moved: a small pool in plain memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = np.zeros((4, 1024), dtype=np.float32)
+        self.transfer: KvTransfer | None = None
+
+    def open_transfer(self, name: str, metrics: TransferMetrics) -> KvTransfer:
+        layout = Layout(
+            model="demo",
+            dtype="float32",
+            layers=1,
+            kv_heads=1,
+            head_dim=32,
+            block_size=16,
+            block_bytes=4096,
+            blocks=4,
+            address=self.pool.ctypes.data,
+        )
+        self.transfer = KvTransfer(name, layout, lambda request_id, blocks: None, metrics)
+        return self.transfer
+
+    def close(self) -> None:
+        if self.transfer is not None:
+            self.transfer.close()
+        super().close()
+
+
+async def test_prefill_and_decode_find_each_other(redis: Redis, eventually: Callable[..., Any]) -> None:
+    """Each opens a transfer and publishes how to read from it; a restart is another agent, under a new epoch."""
+    running: list[Running] = []
+    plans = {"prefill": [Moving(), Moving()], "decode": [Moving()], "agg": [Moving()]}
+    for role, plan in plans.items():
+        running.append(Running(redis, *plan))
+        config = WorkerConfig(model_path=".", engine="scripted", role=role)
+        running[-1].instance = Instance(config, Path(), "demo", create=running[-1]._create)
+        await running[-1].start()
+    decode = plans["decode"][0].transfer
+    assert decode is not None
+    assert plans["agg"][0].transfer is None
+
+    def reads(name: str) -> bool:
+        try:
+            decode.puller.peers.find(name)
+        except TransferError:
+            return False
+        return True
+
+    first = plans["prefill"][0].transfer
+    assert first is not None
+    await eventually(lambda: reads(first.name))
+    plans["prefill"][0].die("it broke")
+    await eventually(lambda: plans["prefill"][1].transfer is not None)
+    second = plans["prefill"][1].transfer
+    assert second is not None
+    await eventually(lambda: reads(second.name) and not reads(first.name))
+    shown = generate_latest(running[1].instance.metrics.registry).decode()
+    assert 'dynamo_llm_worker_kv_pins{model="demo"} 0.0' in shown
+    for each in running:
+        await stop(each.keeper)
+        await each.instance.close()

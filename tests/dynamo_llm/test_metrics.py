@@ -11,6 +11,7 @@ from prometheus_client import generate_latest
 from dynamo_llm.engines.base import StepResult
 from dynamo_llm.metrics import PREFIX, Histogram, Metrics, MetricsServer
 from dynamo_llm.service import InFlight
+from dynamo_llm.transfer.metrics import TransferMetrics
 from kvstore.wire import Load, Output, Started
 
 DOCS = Path(__file__).parents[2] / "docs/metrics.md"
@@ -68,6 +69,7 @@ def test_an_observation_lands_in_the_bucket_that_bounds_it() -> None:
 def test_every_family_is_in_the_table_of_the_docs() -> None:
     """And the table has no name that does not exist."""
     metrics = Metrics("demo")
+    metrics.parts.append(TransferMetrics("demo"))
     metrics.finished("stop")
     metrics.refused("overloaded")
     metrics.stepped(StepResult(outputs=[], ops=[], load=Load(), prefill_tokens=5, step_s=0.01))

@@ -6,12 +6,16 @@ Redis, sessions or routers.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from msgspec import Struct
 
 from kvstore.cards import KvOp
 from kvstore.wire import ErrorCode, Load, Output, SamplingParams, WireError
+
+if TYPE_CHECKING:
+    from dynamo_llm.transfer import KvTransfer
+    from dynamo_llm.transfer.metrics import TransferMetrics
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True):
@@ -92,3 +96,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop stepping, end all requests with `cancelled`, free all memory, join the thread. May be called twice."""
+
+
+@runtime_checkable
+class MovesBlocks(Protocol):
+    """An engine whose KV blocks can be read by others, and that can read theirs."""
+
+    def open_transfer(self, name: str, metrics: "TransferMetrics") -> "KvTransfer":
+        """Let blocks come and go from now on, as the agent `name`; before `start`. Closed with the engine.
+
+        Raises `EngineError`.
+        """

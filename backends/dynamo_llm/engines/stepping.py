@@ -48,6 +48,8 @@ class SteppingEngine(ABC, Generic[_S]):
         """Guards what follows: callers write it, the engine's thread takes it at the start of a step."""
         self._commands: list[_S | int] = []
         """Sequences to add and keys to cancel, in the order in which they came."""
+        self._calls: list[Callable[[], None]] = []
+        """See `post`."""
         self._queued = self._queued_tokens = 0
         """Sequences among the commands, and the tokens of their prompts; taken off when the next load counts them."""
         self._taken = 0, 0
@@ -81,6 +83,10 @@ class SteppingEngine(ABC, Generic[_S]):
     @abstractmethod
     def take_ops(self) -> list[KvOp]:
         """What was stored and removed since the last call."""
+
+    def stalled(self) -> bool:
+        """After a step: the next one would do nothing, until there is a command or a call."""
+        return False
 
     def prepare_thread(self) -> None:
         """Called once on the engine's thread, before the first step."""
@@ -123,6 +129,12 @@ class SteppingEngine(ABC, Generic[_S]):
                 self._commands.append(key)
                 self._wake.notify()
 
+    def post(self, call: Callable[[], None]) -> None:
+        """Have it called on the engine's thread, before its next step or its end. For what a subclass waits for."""
+        with self._wake:
+            self._calls.append(call)
+            self._wake.notify()
+
     def load(self) -> Load:
         with self._wake:
             if not self._queued:
@@ -148,7 +160,10 @@ class SteppingEngine(ABC, Generic[_S]):
         """Let new sequences in and end the cancelled ones."""
         with self._wake:
             commands, self._commands = self._commands, []
+            calls, self._calls = self._calls, []
             self._taken = self._queued, self._queued_tokens
+        for call in calls:
+            call()
         for command in commands:
             if not isinstance(command, int):
                 self._sequences[command.key] = command
@@ -183,7 +198,7 @@ class SteppingEngine(ABC, Generic[_S]):
     def _wait_for_work(self) -> bool:
         """False when the engine is to close."""
         with self._wake:
-            while not (self._closing or self._commands or self._sequences):
+            while not (self._closing or self._commands or self._calls or (self._sequences and not self.stalled())):
                 self._wake.wait()
             return not self._closing
 

@@ -7,6 +7,7 @@ registered block's predecessor is registered as long as it is.
 """
 
 from collections import OrderedDict
+from collections.abc import Collection
 from hashlib import blake2b
 
 import numpy as np
@@ -46,7 +47,7 @@ class BlockManager:
 
     @property
     def used(self) -> int:
-        """Blocks that sequences reference."""
+        """Blocks that sequences reference, or that are held."""
         return self.kv_blocks - len(self._free) - len(self._cached)
 
     @property
@@ -131,6 +132,16 @@ class BlockManager:
         if sequence.row >= 0:
             self._rows.append(sequence.row)
         sequence.row, sequence.blocks, sequence.committed, sequence.computed = -1, [], 0, 0
+
+    def hold(self, blocks: Collection[int]) -> None:
+        """Keep blocks that a sequence has, also when it lets go of them; until `drop`."""
+        for block in blocks:
+            self._reference(block)
+
+    def drop(self, blocks: Collection[int]) -> None:
+        """The end of a `hold`."""
+        for block in reversed(tuple(blocks)):
+            self._dereference(block)
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Registered blocks that hold the sequence's beginning, tokens compared."""

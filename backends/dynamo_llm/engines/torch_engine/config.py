@@ -35,6 +35,8 @@ class TorchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """`cpu`, `cuda`, `cuda:1`, …; auto: CUDA where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and KV; auto: float32 on a CPU, the weights' own on CUDA."""
+    kv_lease_s: Annotated[float, Meta(gt=0, le=3600)] = 30.0
+    """How long a prefill's blocks are kept for the worker that is to decode."""
     threads: _Count | None = None
     """CPU threads of one step; None: one per core. Divide the cores where workers share a machine."""
     attention: Literal["auto", "native", "sdpa"] = "auto"

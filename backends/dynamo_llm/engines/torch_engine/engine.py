@@ -1,21 +1,25 @@
 """The engine: one thread that steps while there is work. See `engines/base.py` for the contract it keeps."""
 
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dynamo_llm.engines.base import EngineInfo, EngineRequest, StepResult
+from dynamo_llm.engines.base import EngineError, EngineInfo, EngineRequest, RequestError, StepResult
 from dynamo_llm.engines.stepping import SteppingEngine
 from dynamo_llm.engines.torch_engine.blocks import BlockManager
 from dynamo_llm.engines.torch_engine.config import TorchConfig
+from dynamo_llm.engines.torch_engine.handover import Handover
 from dynamo_llm.engines.torch_engine.request import make_sequence
 from dynamo_llm.engines.torch_engine.runner import Runner
 from dynamo_llm.engines.torch_engine.scheduler import Scheduler, Work
 from dynamo_llm.engines.torch_engine.sequence import Sequence
 from dynamo_llm.engines.torch_engine.speed import Speed
+from dynamo_llm.transfer import KvTransfer, TransferError
+from dynamo_llm.transfer.metrics import TransferMetrics
 from kvstore.cards import KvOp
 from kvstore.wire import Load, Output, Started, TokenLogprob
 
@@ -50,17 +54,27 @@ class TorchEngine(SteppingEngine[Sequence]):
         )
         self._scheduler = Scheduler(blocks, max_batch_tokens=config.max_batch_tokens, max_seqs=config.max_seqs)
         self._speed = Speed()
+        self._lease_s = config.kv_lease_s
+        self._handover: Handover | None = None
+        self._stalled = False
         super().__init__(config.max_waiting)
 
     # --- what `SteppingEngine` asks ---------------------------------------------------------------------------------
 
     def accept(self, request: EngineRequest, now_s: float) -> Sequence:
-        return make_sequence(request, self.info, now_s)
+        sequence = make_sequence(request, self.info, now_s)
+        if self._handover is None:
+            if sequence.exports:
+                raise RequestError("invalid_request", "this worker hands no KV blocks over: kv_transfer_params")
+            sequence.remote = None  # it is computed here
+        return sequence
 
     def enter(self, sequence: Sequence) -> None:
         self._scheduler.add(sequence)
 
     def leave(self, sequence: Sequence) -> None:
+        if self._handover is not None:
+            self._handover.leave(sequence)
         self._scheduler.remove(sequence)
 
     def take_ops(self) -> list[KvOp]:
@@ -69,14 +83,19 @@ class TorchEngine(SteppingEngine[Sequence]):
     def prepare_thread(self) -> None:
         self._runner.prepare_thread()
 
+    def stalled(self) -> bool:
+        return self._stalled
+
     def free(self) -> None:
+        if self._handover is not None:
+            self._handover.close()  # the pool must outlive it
         self._runner.free()
 
     def step(self) -> StepResult:
         """Schedule, run, sample, finish."""
         started_s = time.monotonic()
         self.take_commands()
-        work = self._scheduler.schedule()
+        work = self._schedule()
         self._note_start(work, started_s)
         sampled = self._runner.run(work, self._scheduler.blocks.tables) if work else []
         self._scheduler.advance(work)
@@ -90,7 +109,7 @@ class TorchEngine(SteppingEngine[Sequence]):
         return Load(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            waiting_prefill_tokens=sum(max(s.prompt_tokens - s.computed, 0) for s in unfinished),
+            waiting_prefill_tokens=sum(max(s.prompt_tokens - s.computed, 0) for s in unfinished if s.pull is None),
             kv_blocks_used=scheduler.blocks.used,
             kv_blocks_cached=scheduler.blocks.cached,
             kv_blocks_total=scheduler.blocks.kv_blocks,
@@ -98,7 +117,31 @@ class TorchEngine(SteppingEngine[Sequence]):
             decode_step_ms=self._speed.decode_step_ms,
         )
 
+    # --- disaggregation ---------------------------------------------------------------------------------------------
+
+    def open_transfer(self, name: str, metrics: TransferMetrics | None = None) -> KvTransfer:
+        """See `engines.base.MovesBlocks`."""
+
+        def drop(blocks: Collection[int]) -> None:
+            self.post(lambda: self._scheduler.blocks.drop(blocks))
+
+        layout = self._runner.layout(self.info.model)
+        try:
+            transfer = KvTransfer(name, layout, lambda request_id, blocks: drop(blocks), metrics)
+        except TransferError as error:
+            raise EngineError(str(error)) from error
+        self._handover = Handover(transfer, self._scheduler, self.post, self._lease_s)
+        return transfer
+
     # --- parts of a step ----------------------------------------------------------------------------------------------
+
+    def _schedule(self) -> list[Work]:
+        preemptions = self._scheduler.preemptions
+        work = self._scheduler.schedule()
+        ready = self._handover is not None and self._handover.begin()
+        # Without work nothing changes until blocks come or are free again, and both come as calls.
+        self._stalled = not (work or ready or self._scheduler.preemptions > preemptions)
+        return work
 
     @staticmethod
     def _note_start(work: list[Work], now_s: float) -> None:
@@ -106,7 +149,7 @@ class TorchEngine(SteppingEngine[Sequence]):
             sequence = item.sequence
             if sequence.first_step_s is None:
                 sequence.first_step_s = now_s
-                sequence.cached_tokens = sequence.computed
+                sequence.cached_tokens = max(sequence.computed - sequence.pulled_tokens, 0)
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Output:
         """Give a sequence its next token; frees it when that was the last."""
@@ -121,6 +164,8 @@ class TorchEngine(SteppingEngine[Sequence]):
         elif len(sequence.tokens) >= sequence.max_tokens:
             output.finish_reason = "length"
         if output.finish_reason:
+            if sequence.exports and self._handover is not None:
+                output.kv_transfer_params = self._handover.pin(sequence)
             self.leave(self._sequences.pop(sequence.key))
         return output
 

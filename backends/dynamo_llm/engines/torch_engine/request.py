@@ -6,6 +6,7 @@ import numpy as np
 
 from dynamo_llm.engines.base import EngineInfo, EngineRequest, RequestError
 from dynamo_llm.engines.checks import check_request
+from dynamo_llm.engines.torch_engine.handover import check_params
 from dynamo_llm.engines.torch_engine.sequence import Sequence
 from kvstore.wire import SamplingParams
 
@@ -21,10 +22,7 @@ def make_sequence(request: EngineRequest, info: EngineInfo, submitted_s: float) 
         raise RequestError(
             "invalid_request", f"this engine holds no LoRA adapter {request.lora!r}; ask for the base model"
         )
-    if request.kv_transfer_params is not None:
-        raise RequestError(
-            "invalid_request", "this engine does not take KV blocks from elsewhere; drop kv_transfer_params"
-        )
+    exports = _exports(request)
     if sampling.extra:
         raise RequestError(
             "invalid_request",
@@ -35,18 +33,34 @@ def make_sequence(request: EngineRequest, info: EngineInfo, submitted_s: float) 
         raise RequestError("invalid_request", f"logit_bias must be finite numbers from -{_MAX_BIAS} to {_MAX_BIAS}")
     tokens = np.frombuffer(request.token_ids, dtype="<u4").tolist()
     prompt_tokens = len(tokens) - request.generated
-    return Sequence(
+    sequence = Sequence(
         request.key,
         tokens,
         sampling,
         prompt_tokens=prompt_tokens,
-        max_tokens=min(prompt_tokens + (sampling.max_tokens or info.max_context), info.max_context),
+        max_tokens=len(tokens) + 1
+        if exports
+        else min(prompt_tokens + (sampling.max_tokens or info.max_context), info.max_context),
         stop_ids=_stop_ids(sampling, info),
         root=(request.lora, request.cache_salt),
         seed=secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64,
         priority=request.priority,
         submitted_s=submitted_s,
     )
+    sequence.exports = exports
+    if not exports:
+        sequence.remote = request.kv_transfer_params
+    return sequence
+
+
+def _exports(request: EngineRequest) -> bool:
+    """Whether it is a prefill for another worker."""
+    if request.kv_transfer_params is None:
+        return False
+    try:
+        return check_params(request.kv_transfer_params)
+    except ValueError as error:
+        raise RequestError("invalid_request", str(error)) from None
 
 
 def _stop_ids(sampling: SamplingParams, info: EngineInfo) -> set[int]:

@@ -22,6 +22,7 @@ from dynamo_llm.engines.torch_engine.sampling import sample, token_logprobs
 from dynamo_llm.engines.torch_engine.scheduler import Work
 from dynamo_llm.engines.torch_engine.sequence import Sequence
 from dynamo_llm.engines.torch_engine.weights import load_weights
+from dynamo_llm.transfer import Layout
 from kvstore.wire import TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,22 @@ class Runner:
             self.kv_blocks,
             config.block_size,
             type(operators).__name__,
+        )
+
+    def layout(self, model: str) -> Layout:
+        """The pool, as other workers need to know it."""
+        kv_blocks, layers, _, kv_heads, block_size, head_dim = self.pool.shape
+        return Layout(
+            model=model,
+            dtype=str(self.pool.dtype).removeprefix("torch."),
+            layers=layers,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            block_bytes=self.pool[0].numel() * self.pool.element_size(),
+            blocks=kv_blocks,
+            address=self.pool.data_ptr(),
+            device="cpu" if self._device.type == "cpu" else f"cuda:{self._device.index or 0}",
         )
 
     def prepare_thread(self) -> None:

@@ -54,6 +54,12 @@ class Scheduler:
         (self.running if sequence.row >= 0 else self.waiting).remove(sequence)
         self.blocks.release(sequence)
 
+    def restart(self, sequence: Sequence) -> None:
+        """Take a running sequence out of the batch; it waits for its turn again, with what is cached and new blocks."""
+        self.running.remove(sequence)
+        self.blocks.release(sequence)
+        insort(self.waiting, sequence, key=_urgency)
+
     def schedule(self) -> list[Work]:
         """The work of the next step, at most `max_batch_tokens` tokens; empty when there is nothing to do."""
         preemptions = self.preemptions
@@ -63,7 +69,8 @@ class Scheduler:
             budget -= self._take(work, sequence, budget)
         # After a preemption nobody enters: the victim would come straight back.
         while budget and self.preemptions == preemptions and (admitted := self._admit()):
-            budget -= self._take(work, admitted, budget)
+            if not admitted.awaits_blocks:
+                budget -= self._take(work, admitted, budget)
         return work
 
     def advance(self, work: Iterable[Work]) -> None:
@@ -77,7 +84,10 @@ class Scheduler:
         return [
             Work(sequence, 1)
             for sequence in tuple(self.running)
-            if sequence.row >= 0 and sequence.computed == len(sequence.tokens) - 1 and self._make_room(sequence)
+            if sequence.row >= 0
+            and not sequence.awaits_blocks
+            and sequence.computed == len(sequence.tokens) - 1
+            and self._make_room(sequence)
         ]
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -91,12 +101,10 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
-        self.running.remove(sequence)
-        self.blocks.release(sequence)
-        insort(self.waiting, sequence, key=_urgency)
+        self.restart(sequence)
 
     def _prefilling(self) -> list[Sequence]:
-        return [s for s in self.running if s.computed < len(s.tokens) - 1]
+        return [s for s in self.running if s.computed < len(s.tokens) - 1 and not s.awaits_blocks]
 
     def _admit(self) -> Sequence | None:
         """The most urgent waiting sequence, in the batch now; None when there is none or it does not fit.

@@ -1,8 +1,12 @@
 """One request on its way through the engine: its tokens, its KV blocks and how far both have come."""
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 from kvstore.wire import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from dynamo_llm.transfer.pull import Pull
 
 
 class Sequence:
@@ -14,6 +18,7 @@ class Sequence:
         "chain",
         "committed",
         "computed",
+        "exports",
         "first_step_s",
         "key",
         "max_tokens",
@@ -21,6 +26,9 @@ class Sequence:
         "priority",
         "prompt_logprobs",
         "prompt_tokens",
+        "pull",
+        "pulled_tokens",
+        "remote",
         "root",
         "row",
         "sampling",
@@ -74,14 +82,27 @@ class Sequence:
         self.computed = 0
         """Tokens whose keys and values lie in its blocks."""
 
+        self.pulled_tokens = 0
+        """Prompt tokens that came from another worker."""
         self.cached_tokens = 0
         """Prompt tokens that were reused when it was first admitted."""
         self.first_step_s: float | None = None
         self.started = False
         """Its first output has been sent."""
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.exports = False
+        """It is a prefill: its blocks are for another worker."""
+        self.remote: dict[str, Any] | None = None
+        """Where its prompt's blocks can be had, until they are asked for."""
+        self.pull: Pull | None = None
+        """While they are being read."""
         self.seen: object | None = None
         """The sampler's counts of its tokens, where its penalties need them."""
+
+    @property
+    def awaits_blocks(self) -> bool:
+        """Its blocks are to come from elsewhere: nothing of it is computed until then."""
+        return self.remote is not None or self.pull is not None
 
     @property
     def output_tokens(self) -> int:
