@@ -73,10 +73,11 @@ class PrefillStage:
 
         Afterwards the sequence may be complete, and the worker may have gone. Raises `RouterError`.
         """
-        if self._run is not None and not (self._run.held and decode.worker.card.role == "decode"):
-            self._job.metrics.disagg.failed("lost")
+        takes_blocks = decode.worker.card.role == "decode"
+        if self._run is not None and not (self._run.held and takes_blocks):
+            self._job.metrics.disagg.failed("lost" if takes_blocks else "no_decode_worker")
             self._drop()
-        while self._run is None and not self._job.sequence.token_ids and decode.worker.card.role == "decode":
+        while self._run is None and takes_blocks and not self._job.sequence.token_ids:
             prefill = self._choose()
             if not self._is_remote(decode, prefill) or prefill is None:
                 return

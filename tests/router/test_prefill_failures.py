@@ -315,6 +315,7 @@ async def test_the_decode_worker_leaves_during_the_prefill(cluster, eventually, 
     assert first.submits == []
     assert second.submits[0].kv_transfer_params == (PARAMS if role == "decode" else None)
     if role == "agg":
+        assert failures_of(router) == {"no_decode_worker": 1}
         await eventually(lambda: prefill.cancels == [prefill.submits[0].rid])
 
 
