@@ -15,6 +15,8 @@ are touched by one script or transaction share it. `NS` is the namespace, `MODEL
 | `P:{NS/MODEL/BS}:events` | stream | KV events, field `b`: msgpack `EventBatch` | trimmed, and after `RETENTION_S` |
 | `P:{NS/MODEL/BS}:index` | hash | newest snapshot of the prefix index: `id`, `data` | after `RETENTION_S` |
 | `P:{NS/MODEL/BS}:index-writer` | string | which router writes the snapshot at present | after one interval |
+| `P:{NS/MODEL/BS}:prefill-queue` | stream | field `t`: msgpack `Ticket`; group `prefill` | when called or left |
+| `P:{NS/MODEL/BS}:prefill-calls:ROUTER` | channel | msgpack `Call` for one router | not stored |
 
 What goes away after `RETENTION_S` is refreshed while anyone uses it: the leases' holders keep `instances`, `era` and
 their blobs alive, each heartbeat the stream, each new snapshot the index.
@@ -75,6 +77,12 @@ class Keys(Struct, frozen=True):
 
     def index_writer(self, model: str, block_size: int) -> str:
         return self._of_model(model, block_size, "index-writer")
+
+    def prefill_queue(self, model: str, block_size: int) -> str:
+        return self._of_model(model, block_size, "prefill-queue")
+
+    def prefill_calls(self, model: str, block_size: int, router: str) -> str:
+        return self._of_model(model, block_size, f"prefill-calls:{router}")
 
     def _of_namespace(self, name: str) -> str:
         return f"{self.prefix}:{{{self.namespace}}}:{name}"

@@ -29,6 +29,7 @@ from router.http.completions import Completions
 from router.http.protocol import Connection
 from router.kserve.grpc import KServeGrpc, PortBusy
 from router.kserve.http import routes
+from router.live_settings import LiveSettings
 from router.metrics import Metrics
 from router.models import Models
 from router.pool import Pool
@@ -55,6 +56,7 @@ class Application:
         self.config = config
         self.metrics = Metrics()
         self.models = Models()
+        self.settings = LiveSettings(config.disagg)
         self.http_port = config.http_port
         self.grpc_port = config.grpc_port
         self._stack = AsyncExitStack()
@@ -65,8 +67,10 @@ class Application:
             listener = stack.enter_context(contextlib.closing(_bind(config.host, config.http_port)))
             redis = await stack.enter_async_context(connect(config.redis_url, client_name="dynamo-llm-router"))
             registry = Registry(redis, Keys(namespace=config.namespace))
-            self.pool = await stack.enter_async_context(Pool(registry, self.models, self.metrics, config))
-            self.generation = Generation(self.models, self.pool, self.metrics, config)
+            settings = self.settings
+            pool = Pool(registry, self.models, self.metrics, config, settings.on_change)
+            self.pool = await stack.enter_async_context(pool)
+            self.generation = Generation(self.models, self.pool, self.metrics, config, settings)
             self.metrics.redis_connected = lambda: self.pool.redis_connected
             self.metrics.index_figures = self.pool.index_figures
             await self.pool.wait_listed(_LISTING_TIMEOUT_S)
@@ -108,7 +112,7 @@ class Application:
         parts = (self.models, self.generation, self.metrics, self.config)
         figures = Figures(
             ready=self.pool.can_serve,
-            status=lambda: status(self.config, self.models, self.pool, self.generation),
+            status=lambda: status(self.config, self.settings.current, self.models, self.pool, self.generation),
             metrics=self.metrics,
         )
         kserve = routes(*parts, self.pool.can_serve)

@@ -1,10 +1,18 @@
-"""What a router process is told at start. `cli.py` fills it from flags; nothing reads it from anywhere else."""
+"""What a router process is told at start. `cli.py` fills it from flags; nothing reads it from anywhere else.
 
-from typing import Literal
+Only `DisaggSettings` can be changed while it runs, by settings in the registry of the same names (`live_settings.py`).
+"""
 
-from msgspec import Struct
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
 
 Policy = Literal["kv", "round-robin", "random"]
+RemotePrefill = Literal["auto", "always", "never"]
+
+_NonNegative = Annotated[int, Meta(ge=0)]
+_Positive = Annotated[int, Meta(ge=1)]
+_Amount = Annotated[float, Meta(ge=0.0, le=1e9)]
 
 
 class PlacementSettings(Struct, frozen=True, kw_only=True):
@@ -21,6 +29,32 @@ class PlacementSettings(Struct, frozen=True, kw_only=True):
     """0: the lowest cost wins. Else a softmax over the costs, scaled to [0, 1]."""
 
 
+class DisaggSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a prompt is prefilled on a prefill worker (`disaggregation.py`), where a model has such workers.
+
+    Decoding checks the bounds, as for whatever an operator writes into the registry.
+    """
+
+    remote_prefill: RemotePrefill = "auto"
+    """`auto`: by what is predicted to cost less. `always`: every prompt over `max_local_prefill_tokens`, while a
+    prefill worker is there."""
+    max_local_prefill_tokens: _NonNegative = 256
+    """A prompt of which the decode worker has to compute at most this is prefilled there."""
+    itl_weight: _Amount = 1.0
+    """Of the time that a local prefill takes from each running sequence of the decode worker (from one at least),
+    against the request's own wait. 0: only the time to the first token counts."""
+    max_itl_ms: _Amount = 0.0
+    """A decode worker whose step takes longer computes no prompt that a prefill worker could; 0: no limit."""
+    transfer_tokens_per_s: Annotated[float, Meta(gt=0.0, le=1e9)] = 50_000.0
+    """Prompt tokens whose KV blocks pass in a second, until transfers of the model were measured."""
+    transfer_overhead_ms: _Amount = 5.0
+    """What a remote prefill costs whatever its size: a request, an answer, an agreement."""
+    prefill_timeout_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 30.0
+    """A prefill worker that has not handed over by then is given up for this request."""
+    prefill_attempts: _Positive = 2
+    """Prefill workers that a request is tried on before its decode worker computes the prompt itself."""
+
+
 class RouterConfig(Struct, frozen=True, kw_only=True):
     """Everything a router needs to know."""
 
@@ -31,6 +65,8 @@ class RouterConfig(Struct, frozen=True, kw_only=True):
     """0: any free one."""
     grpc_port: int = 8001
     placement: PlacementSettings = PlacementSettings()
+    disagg: DisaggSettings = DisaggSettings()
+    """At start, and again where a live setting is deleted."""
 
     max_inflight: int = 4096
     """Sequences in flight before new ones are told to come back later."""

@@ -1,23 +1,24 @@
 """The routing layer: hash the prompt, match it, place it, follow it to its end, and move it when its worker is lost.
 
 The API layers call `Generation.generate` (the `types.Generator` protocol). What a sequence has got so far is in
-`sequence.py`, the choice of a worker in `placement.py`, the workers themselves in `pool.py`.
+`sequence.py`, the choice of a worker in `placer.py` and `placement.py`, the workers themselves in `pool.py`. Where a
+prompt is computed by a prefill worker first, `prefill_stage.py` sees to that.
 """
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 from kvstore import wire
 from kvstore.hashing import block_hashes, root_seed
-from kvstore.index.base import Match
 from kvstore.tasks import spawn, stop
 from router import errors
 from router.config import RouterConfig
-from router.metrics import Metrics, ModelMetrics
+from router.live_settings import LiveSettings
+from router.metrics import Metrics
 from router.models import Model, Models
-from router.placement import Candidate, Decision, place
+from router.placer import Choice, Fleet, Job, Placer
+from router.prefill_stage import PrefillStage, PrefillStages, placed_at
 from router.sequence import Retry
 from router.sequence import Sequence as GeneratedSequence
 from router.types import Delta, GenerationRequest, Placed, Result
@@ -34,21 +35,6 @@ WIRE_ERRORS: dict[str, type[errors.RouterError]] = {
 }
 """What a worker's error means to the client, once no other worker is left to try."""
 
-_NO_MATCH = Match(0, 0, 0, 0)
-
-
-class Fleet(Protocol):
-    """The workers, as the routing layer sees them. The implementation is `pool.Pool`."""
-
-    def workers(self, model: str) -> Sequence[WorkerConnection]:
-        """Connections of the model's instances that generate, ready or not."""
-
-    def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, Match]:
-        """The instances that hold a prefix of the blocks."""
-
-    async def wait_for_change(self, timeout_s: float) -> None:
-        """Return when a worker came, went, or changed its readiness, or after the timeout."""
-
 
 class Generation:
     """Serves requests, one call of `generate` each."""
@@ -59,13 +45,17 @@ class Generation:
         fleet: Fleet,
         metrics: Metrics,
         config: RouterConfig,
+        settings: LiveSettings | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        """`settings`: where those of `config` can change meanwhile."""
+        rng = rng or random.Random()
         self._models = models
         self._fleet = fleet
         self._metrics = metrics
         self._config = config
-        self._rng = rng or random.Random()
+        self._placer = Placer(fleet, config.placement, rng)
+        self._stages = PrefillStages(fleet, config.placement, settings or LiveSettings(config.disagg), rng)
         self._sequences: set[GeneratedSequence] = set()
 
     @property
@@ -90,14 +80,17 @@ class Generation:
         if len(self._sequences) >= self._config.max_inflight:
             raise errors.Overloaded("the router has too many requests in flight, try again later", retry_after_s=1.0)
         metrics = self._metrics.model(model.name)
-        sequence = GeneratedSequence(request, model, metrics, on_delta)
+        sequence = GeneratedSequence(request, model, metrics, on_delta, on_placed)
         timeout_s = self._config.request_timeout_s
         timer = asyncio.get_running_loop().call_later(timeout_s, _expire, sequence) if timeout_s else None
         self._sequences.add(sequence)
         metrics.inflight += 1
         metrics.prompt_tokens += len(request.token_ids) // 4
         try:
-            await self._serve(sequence, model, metrics, on_placed)
+            seed = root_seed(model.name, request.lora, request.cache_salt)
+            hashes: list[int] = block_hashes(request.token_ids, model.block_size, seed=seed).tolist()
+            turn, model.turn = model.turn, model.turn + 1
+            await self._serve(Job(sequence, model, metrics, hashes, turn))
             return sequence.result()
         finally:
             self._sequences.discard(sequence)
@@ -105,63 +98,58 @@ class Generation:
             if timer is not None:
                 timer.cancel()
 
-    async def _serve(
-        self,
-        sequence: GeneratedSequence,
-        model: Model,
-        metrics: ModelMetrics,
-        on_placed: Callable[[Placed], None] | None,
-    ) -> None:
-        request = sequence.request
-        seed = root_seed(model.name, request.lora, request.cache_salt)
-        hashes: list[int] = block_hashes(request.token_ids, model.block_size, seed=seed).tolist()
-        turn, model.turn = model.turn, model.turn + 1
+    async def _serve(self, job: Job) -> None:
+        """From one worker to the next until the sequence is complete. Raises `RouterError`."""
+        sequence, stage = job.sequence, self._stages.stage(job)
         tried: set[str] = set()
         failure: Retry | None = None
-        for _ in range(self._config.max_attempts):
-            workers = await self._ready_workers(sequence, model, tried, failure)
-            if failure is not None:
-                metrics.migrated("lost" if failure.lost else failure.error.code)
-            decision, worker = self._place(workers, model, hashes, turn)
-            placed = Placed(
-                instance=decision.instance,
-                prompt_blocks=len(hashes),
-                reused_blocks=decision.reused_blocks,
-                reason="migration" if failure is not None and failure.lost else decision.reason,
-            )
-            sequence.placed = placed
-            metrics.placed(placed.instance, placed.reason)
-            metrics.prompt_blocks += placed.prompt_blocks
-            metrics.reused_blocks += placed.reused_blocks
-            try:
-                await self._attempt(sequence, worker, hashes, decision, on_placed)
-                return
-            except Retry as retry:
-                failure = retry
-            if failure.error.code not in wire.RETRYABLE:
-                break
-            tried.add(worker.instance)
-            if _complete(sequence, model):
-                sequence.finish_at_length()
-                return
-        raise self._client_error(failure, model)
+        attempts_left = self._config.max_attempts
+        try:
+            while attempts_left:
+                choice = await self._place(job, stage, tried, failure)
+                if sequence.finish_reason is not None:
+                    return  # the prefill worker's token was all of it
+                placed = _account(job, choice, stage, failure)
+                try:
+                    await self._attempt(job, choice, stage, placed)
+                    return
+                except Retry as retry:
+                    failure = retry
+                if stage.blames(failure):
+                    continue  # without what was handed over any worker may do, this one too
+                if failure.error.code not in wire.RETRYABLE:
+                    break
+                attempts_left -= 1
+                tried.add(choice.worker.instance)
+                if sequence.exhausted:
+                    sequence.finish_at_length()
+                    return
+            raise self._client_error(failure, job.model)
+        finally:
+            stage.close()
 
-    async def _attempt(
-        self,
-        sequence: GeneratedSequence,
-        worker: WorkerConnection,
-        hashes: Sequence[int],
-        decision: Decision,
-        on_placed: Callable[[Placed], None] | None,
-    ) -> None:
+    async def _place(self, job: Job, stage: PrefillStage, tried: set[str], failure: Retry | None) -> Choice:
+        """A worker for the sequence, whose prompt was computed elsewhere by then, where that is worth it.
+
+        Raises `RouterError`. The sequence may be complete afterwards.
+        """
+        while True:
+            workers = await self._ready_workers(job, tried, failure, has_begun=bool(stage.instance))
+            choice = self._placer.choose(stage.fit(workers), job, job.turn)
+            await stage.prepare(choice)
+            if choice.worker.ready or job.sequence.finish_reason is not None:
+                return choice
+
+    async def _attempt(self, job: Job, choice: Choice, stage: PrefillStage, placed: Placed) -> None:
         """One worker's go at a sequence. Raises `Retry` or `RouterError`."""
-        rid = next_rid()
-        command = sequence.begin(rid, worker)
-        worker.load.add(rid, hashes, decision.reused_blocks)
+        sequence, worker, rid = job.sequence, choice.worker, next_rid()
+        handed_over = stage.take()
+        command = sequence.begin(rid, worker, handed_over)
+        reused_blocks = choice.decision.reused_blocks if handed_over is None else len(job.hashes)
+        worker.load.add(rid, job.hashes, reused_blocks)
         try:
             worker.submit(command, sequence)
-            if on_placed is not None and sequence.placed is not None:
-                on_placed(sequence.placed)
+            sequence.announce(placed)
             if sequence.ended is not None:
                 await sequence.ended
         except WorkerLost as error:
@@ -170,16 +158,17 @@ class Generation:
             sequence.leave()
 
     async def _ready_workers(
-        self, sequence: GeneratedSequence, model: Model, tried: set[str], failure: Retry | None
+        self, job: Job, tried: set[str], failure: Retry | None, has_begun: bool
     ) -> list[WorkerConnection]:
         """Those that a sequence can be placed on, at least one.
 
-        A sequence that lost its worker waits for one to come up, since its client has been promised an answer; a new
-        one is told at once. Raises `RouterError`.
+        One that lost its worker, or `has_begun` on a prefill worker, waits for one to come up, since its client has
+        been promised an answer; a new one is told at once. Raises `RouterError`.
         """
+        sequence, model = job.sequence, job.model
         loop = asyncio.get_running_loop()
         lost = failure is not None and failure.lost
-        give_up_at = loop.time() + (self._config.worker_wait_s if lost else 0.0)
+        give_up_at = loop.time() + (self._config.worker_wait_s if lost or has_begun else 0.0)
         while True:
             if sequence.aborted.done():
                 raise sequence.aborted.result()
@@ -188,21 +177,13 @@ class Generation:
             if fresh or (ready and lost):
                 return fresh or ready
             left_s = give_up_at - loop.time()
-            if left_s <= 0:
+            if ready or left_s <= 0:
                 raise self._client_error(failure, model)
             change = spawn("change of the fleet", self._fleet.wait_for_change(left_s))
             try:
                 await asyncio.wait((change, sequence.aborted), return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await stop(change)
-
-    def _place(
-        self, workers: Sequence[WorkerConnection], model: Model, hashes: Sequence[int], turn: int
-    ) -> tuple[Decision, WorkerConnection]:
-        matches = self._fleet.match(model.name, hashes)
-        candidates = [_candidate(worker, matches.get(worker.instance, _NO_MATCH), hashes) for worker in workers]
-        decision = place(len(hashes), model.block_size, candidates, self._config.placement, turn=turn, rng=self._rng)
-        return decision, next(worker for worker in workers if worker.instance == decision.instance)
 
     def _client_error(self, failure: Retry | None, model: Model) -> errors.RouterError:
         """What the client is told when no worker is left to try."""
@@ -225,25 +206,21 @@ class Generation:
         return min(max(min(times, default=1.0), 1.0), 30.0)
 
 
+def _account(job: Job, choice: Choice, stage: PrefillStage, failure: Retry | None) -> Placed:
+    """Count a placement, which is a migration after a failure that was the worker's own."""
+    metrics = job.metrics
+    migrates = failure is not None and not failure.handover
+    if failure is not None and migrates:
+        metrics.migrated("lost" if failure.lost else failure.error.code)
+    placed = placed_at(choice, job, stage.instance, "migration" if failure and migrates and failure.lost else "")
+    metrics.placed(placed.instance, placed.reason)
+    metrics.prompt_blocks += placed.prompt_blocks
+    metrics.reused_blocks += placed.reused_blocks
+    return placed
+
+
 def _expire(sequence: GeneratedSequence) -> None:
     sequence.abort(errors.DeadlineExceeded("the request took longer than this router allows"))
-
-
-def _candidate(worker: WorkerConnection, match: Match, hashes: Sequence[int]) -> Candidate:
-    load = worker.load
-    report = load.report
-    return Candidate(
-        instance=worker.instance,
-        device_blocks=match.device,
-        host_blocks=match.host,
-        disk_blocks=match.disk,
-        shared_blocks=load.shared_blocks(hashes),
-        prefill_blocks=load.prefill_blocks,
-        active_blocks=load.active_blocks,
-        requests=load.requests,
-        prefill_tokens_per_s=report.prefill_tokens_per_s if report else 0.0,
-        decode_step_ms=report.decode_step_ms if report else 0.0,
-    )
 
 
 def _check_length(request: GenerationRequest, model: Model) -> None:
@@ -256,11 +233,3 @@ def _check_length(request: GenerationRequest, model: Model) -> None:
         raise errors.ContextLengthExceeded(
             f"the model's context is {model.max_context} tokens, but the request has {wanted}"
         )
-
-
-def _complete(sequence: GeneratedSequence, model: Model) -> bool:
-    """Whether a sequence that lost its worker has nothing left to generate."""
-    done, asked = len(sequence.token_ids), sequence.request.sampling.max_tokens
-    if done == 0:
-        return False
-    return done == asked or len(sequence.request.token_ids) // 4 + done >= model.max_context

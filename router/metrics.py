@@ -4,38 +4,17 @@ What changes with every token is counted in plain attributes (an addition, not a
 into metric families when somebody scrapes. `app.py` makes one `Metrics`; API layers and `generation.py` write into it.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router import disagg_metrics
+from router.disagg_metrics import DisaggFigures
+from router.histogram import LATENCY_S, TOKEN_S, Histogram
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-_LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_TOKEN_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
-
-
-class Histogram:
-    """Counts of observations by upper bound. Not locked: written and read on the event loop."""
-
-    __slots__ = ("_bounds", "_counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
-        self.total += value * times
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative, in Prometheus' form."""
-        names = [*map(str, self._bounds), "+Inf"]
-        return list(zip(names, map(float, accumulate(self._counts)), strict=True))
 
 
 class ModelMetrics:
@@ -43,10 +22,10 @@ class ModelMetrics:
 
     def __init__(self) -> None:
         self.inflight = 0
-        self.ttft_s = Histogram(_LATENCY_S)
-        self.itl_s = Histogram(_TOKEN_S)
-        self.e2e_s = Histogram(_LATENCY_S)
-        self.queue_s = Histogram(_LATENCY_S)
+        self.ttft_s = Histogram(LATENCY_S)
+        self.itl_s = Histogram(TOKEN_S)
+        self.e2e_s = Histogram(LATENCY_S)
+        self.queue_s = Histogram(LATENCY_S)
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
         self.generated_tokens = 0
@@ -56,6 +35,7 @@ class ModelMetrics:
         """By (instance, reason)."""
         self.migrations: dict[str, int] = {}
         """By reason: `lost`, or the wire's error code."""
+        self.disagg = DisaggFigures()
 
     def placed(self, instance: str, reason: str) -> None:
         key = (instance, reason)
@@ -124,6 +104,7 @@ class _Collector(Collector):
         yield from self._requests()
         yield from self._histograms()
         yield from self._counters()
+        yield from disagg_metrics.families({name: model.disagg for name, model in self._metrics.models.items()})
         yield from self._index()
 
     def _requests(self) -> Iterator[Metric]:

@@ -38,6 +38,8 @@ class Model:
         """`InstanceCard.model_files` of what tokenizer and template were made from."""
         self.turn = 0
         """Requests placed so far; round robin goes by it."""
+        self.prefill_turn = 0
+        """Of those, prompts that were placed on a prefill worker."""
         self.by_instance: dict[str, InstanceCard] = {}
         self.max_context = 0
         """Most tokens, prompt and output together, that every instance takes."""

@@ -8,24 +8,21 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
-from kvstore import model_files
 from kvstore.cards import InstanceCard
 from kvstore.errors import StoreError
 from kvstore.index.base import Match
 from kvstore.mirror import IndexMirror
 from kvstore.registry import Registry
 from kvstore.tasks import spawn, stop, within
-from kvstore.text import Tokenizer
-from kvstore.watch import Added, Change, Changed, Removed
+from kvstore.watch import Added, Change, Changed, Removed, SettingChanged
 from kvstore.wire import SnapshotReply
-from router.chat_template import ChatTemplate
 from router.config import RouterConfig
 from router.indexes import Indexes, Key
 from router.metrics import IndexFigures, Metrics
+from router.model_loader import ModelLoader
 from router.models import LINGER_S, Model, Models
 from router.worker_client import WorkerConnection
 from router.worker_session import WorkerLost
@@ -50,8 +47,17 @@ class _Instance:
 class Pool:
     """See the module's docstring. Use as an async context manager."""
 
-    def __init__(self, registry: Registry, models: Models, metrics: Metrics, config: RouterConfig) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        models: Models,
+        metrics: Metrics,
+        config: RouterConfig,
+        on_setting: Callable[[SettingChanged], None],
+    ) -> None:
+        """`on_setting` is told of the registry's settings, which the same watch sees."""
         self._registry = registry
+        self._on_setting = on_setting
         self._models = models
         self._metrics = metrics
         self._config = config
@@ -62,8 +68,7 @@ class Pool:
         self._connections: dict[str, dict[str, WorkerConnection]] = {}
         self._indexes = Indexes(registry, self._fetch_snapshot)
         self._expiries: dict[Key, asyncio.TimerHandle] = {}
-        self._loaded: dict[str, tuple[Tokenizer, ChatTemplate]] = {}
-        self._loading = asyncio.Lock()
+        self._loader = ModelLoader(registry, models)
         self._changed = asyncio.Event()
 
     async def __aenter__(self) -> "Pool":
@@ -92,6 +97,9 @@ class Pool:
 
     def workers(self, model: str) -> Sequence[WorkerConnection]:
         return [c for c in self._connections.get(model, {}).values() if c.card.role != "prefill"]
+
+    def prefill_workers(self, model: str) -> Sequence[WorkerConnection]:
+        return [c for c in self._connections.get(model, {}).values() if c.card.role == "prefill"]
 
     def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, Match]:
         known = self._models.find(model)
@@ -133,7 +141,7 @@ class Pool:
         for model in self._models:
             if (mirror := self.mirror(model)) is not None:
                 stats = mirror.stats()
-                sessions = sum(c.connected for c in self.workers(model.name))
+                sessions = sum(c.connected for c in self._connections.get(model.name, {}).values())
                 figures[model.name] = IndexFigures(stats.blocks, stats.lag_s, stats.gaps, stats.resyncs, sessions)
         return figures
 
@@ -152,13 +160,16 @@ class Pool:
             self._list(change.card)
         elif isinstance(change, Removed):
             self._unlist(change.card.instance)
+        else:
+            self._on_setting(change)
 
     def _list(self, card: InstanceCard) -> None:
         known = self._instances.get(card.instance)
         if known is not None and _place_of(known.card) == _place_of(card) and self._can_return(known):
-            known.card, known.listed = card, True  # its lease came back before its last request had ended
+            # Its lease came back before its last request had ended, or its card changed: in its role, say.
+            known.card, known.listed = card, True
             if known.connection is not None:
-                known.connection.paused = False
+                known.connection.card, known.connection.paused = card, False
                 self._models.add(card)
                 self._pulse()
             return
@@ -200,7 +211,7 @@ class Pool:
             if reading is not None:
                 reading.add_done_callback(lambda _: self._pulse())
             timeouts_s = (self._config.connect_timeout_s, self._config.control_timeout_s)
-            async with WorkerConnection(card, self._session, *timeouts_s, self._pulse) as connection:
+            async with WorkerConnection(instance.card, self._session, *timeouts_s, self._pulse) as connection:
                 instance.connection = connection
                 by_id = self._connections.setdefault(card.model, {})
                 by_id[card.instance] = connection
@@ -217,7 +228,7 @@ class Pool:
                 del self._instances[card.instance]
                 self._models.remove(card.model, card.instance)
             if all(other.card.model_files != card.model_files for other in self._instances.values()):
-                self._loaded.pop(card.model_files, None)
+                self._loader.forget(card.model_files)
             self._expire_later(_key(card))
 
     def _expire_later(self, key: Key) -> None:
@@ -242,7 +253,7 @@ class Pool:
             instance.unlisted.clear()  # of an earlier time
             card = instance.card
             try:
-                model = await self._model_of(card)
+                model = await self._loader.model_of(card)
             except (StoreError, ValueError) as error:
                 problem = f"the files of `{card.model}` cannot be used: {error}"
             else:
@@ -258,21 +269,6 @@ class Pool:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(instance.unlisted.wait(), _RETRY_S)
         return False
-
-    async def _model_of(self, card: InstanceCard) -> Model:
-        async with self._loading:
-            known = self._models.find(card.model)
-            if known is not None and (known.by_instance or not known.misfit(card)):
-                return known
-            if card.model_files not in self._loaded:
-                blob = await self._registry.get_blob(card.model_files)
-                if blob is None:
-                    raise ValueError("they are not in Redis")
-                self._loaded[card.model_files] = await asyncio.to_thread(_load, blob)
-            tokenizer, chat_template = self._loaded[card.model_files]
-            model = Model(card.model, card.block_size, tokenizer, chat_template, time.time(), card.model_files)
-            self._models.put(model)
-            return model
 
     async def _fetch_snapshot(self, instance: str) -> SnapshotReply | None:
         known = self._instances.get(instance)
@@ -291,9 +287,3 @@ def _key(card: InstanceCard) -> Key:
 def _place_of(card: InstanceCard) -> tuple[str, str, str, int, str]:
     """What a connection was made for."""
     return card.grpc_address, card.triton_model, card.model, card.block_size, card.model_files
-
-
-def _load(blob: bytes) -> tuple[Tokenizer, ChatTemplate]:
-    """Runs in a thread: a large vocabulary takes a second. Raises `ValueError`."""
-    files = model_files.unpack(blob)
-    return Tokenizer.from_files(files), ChatTemplate.from_files(files)

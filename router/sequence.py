@@ -1,13 +1,14 @@
 """One sequence while it is generated: the sink of its worker's outputs, and all that it has got so far.
 
-`generation.Generation` makes one per request and binds it to one worker after the other. `on_output` runs once per
-frame and request: it is the hot path of the router.
+`generation.Generation` makes one per request and binds it to one worker after the other. A prefill worker hands in its
+share through `prefill_run.py`. `on_output` runs once per frame and request: it is the hot path of the router.
 """
 
 import asyncio
 import time
 from array import array
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -24,11 +25,15 @@ clock = time.perf_counter
 class Retry(Exception):
     """An attempt failed in a way that another worker may repair."""
 
-    def __init__(self, error: wire.WireError, lost: bool) -> None:
+    def __init__(self, error: wire.WireError, lost: bool, told: bool = False) -> None:
         super().__init__(error.message)
         self.error = error
         self.lost = lost
-        """The worker (or its session) is gone; else it refused."""
+        """The worker (or its session) is gone, or its engine lost the request; else it refused."""
+        self.told = told
+        """The worker itself said so, of this request."""
+        self.handover = False
+        """Not the worker is at fault, but what a prefill worker had handed over."""
 
 
 class Sequence:
@@ -38,9 +43,10 @@ class Sequence:
         "_first_at",
         "_last_at",
         "_logprobs",
+        "_max_context",
         "_metrics",
         "_on_delta",
-        "_prefilled",
+        "_on_placed",
         "_prompt_logprobs",
         "_queue_ms",
         "_rid",
@@ -54,12 +60,18 @@ class Sequence:
         "ended",
         "finish_reason",
         "placed",
+        "prefilled",
         "request",
         "token_ids",
     )
 
     def __init__(
-        self, request: GenerationRequest, model: Model, metrics: ModelMetrics, on_delta: Callable[[Delta], None] | None
+        self,
+        request: GenerationRequest,
+        model: Model,
+        metrics: ModelMetrics,
+        on_delta: Callable[[Delta], None] | None = None,
+        on_placed: Callable[[Placed], None] | None = None,
     ) -> None:
         self.request = request
         self.token_ids: list[int] = []
@@ -70,8 +82,12 @@ class Sequence:
         """Its result is why the sequence is to end, whatever the worker does."""
         self.ended: asyncio.Future[None] | None = None
         """Of the present attempt: a result when the sequence is complete, `Retry` or `RouterError` when it failed."""
+        self.prefilled = False
+        """The worker of the present attempt has given a token."""
         self._on_delta = on_delta
+        self._on_placed = on_placed
         self._metrics = metrics
+        self._max_context = model.max_context
         self._stream = model.tokenizer.stream(request.skip_special_tokens, request.stop, request.include_stop)
         self._text: list[str] = []
         self._logprobs: list[wire.TokenLogprob] | None = None
@@ -83,18 +99,21 @@ class Sequence:
         self._last_at = 0.0
         self._worker: WorkerConnection | None = None
         self._rid = 0
-        self._prefilled = False
 
     # --- attempts ---
 
-    def begin(self, rid: int, worker: WorkerConnection) -> wire.Submit:
-        """Bind to a worker: what is submitted is the prompt and whatever was generated before."""
-        self._rid, self._worker, self._prefilled = rid, worker, False
+    def begin(self, rid: int, worker: WorkerConnection, handed_over: dict[str, Any] | None = None) -> wire.Submit:
+        """Bind to a worker: what is submitted is the prompt and whatever was generated before.
+
+        `handed_over` are the `kv_transfer_params` of a prefill worker, untouched.
+        """
+        self._rid, self._worker, self.prefilled = rid, worker, False
         self.ended = asyncio.get_running_loop().create_future()
         request, done = self.request, len(self.token_ids)
         sampling, token_ids = request.sampling, request.token_ids
         if done:
             token_ids = token_ids + array("I", self.token_ids).tobytes()
+        if done or self._prompt_logprobs is not None:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)  # it has had them
         return wire.Submit(
             rid=rid,
@@ -105,8 +124,16 @@ class Sequence:
             lora=request.lora,
             cache_salt=request.cache_salt,
             priority=request.priority,
+            kv_transfer_params=handed_over,
             trace=request.trace,
         )
+
+    def announce(self, placed: Placed) -> None:
+        """It was placed; the client's side is told of what is new."""
+        if placed != self.placed:
+            self.placed = placed
+            if self._on_placed is not None:
+                self._on_placed(placed)
 
     def leave(self) -> None:
         """Leave the worker; what it still does for this sequence is cancelled."""
@@ -119,38 +146,48 @@ class Sequence:
         """End it with an error: its deadline passed, or the router is leaving."""
         if not self.aborted.done():
             self.aborted.set_result(error)
-        self._fail(error)
+        self.fail(error)
+
+    @property
+    def exhausted(self) -> bool:
+        """Nothing is left to generate: it has all tokens that it asked for, or that its context holds."""
+        done = len(self.token_ids)
+        prompt_tokens = len(self.request.token_ids) // 4
+        return done > 0 and (done == self.request.sampling.max_tokens or prompt_tokens + done >= self._max_context)
 
     def finish_at_length(self) -> None:
-        """Complete without a worker: nothing is left to generate."""
+        """Complete without a worker, when it is exhausted."""
         self._finish(self._stream.flush(), [], None, "length")
 
-    def _fail(self, error: RouterError | Retry) -> None:
+    def fail(self, error: RouterError | Retry) -> None:
+        """End the present attempt, if there is one."""
         if self.ended is not None and not self.ended.done():
             self.ended.set_exception(error)
 
     # --- sink ---
 
     def on_lost(self, reason: str) -> None:
-        self._fail(Retry(wire.WireError("engine_failure", reason), lost=True))
+        self.fail(Retry(wire.WireError("engine_failure", reason), lost=True))
 
     def on_refused(self, error: wire.WireError) -> None:
-        self._fail(Retry(error, lost=error.code == "no_session"))
+        self.fail(Retry(error, lost=error.code == "no_session"))
 
     def on_failed(self, reason: str) -> None:
         # Never a `Retry`: what the client did not get is among the tokens that another worker would go on from.
-        self._fail(WorkerFailed(reason))
+        self.fail(WorkerFailed(reason))
 
     def on_output(self, output: wire.Output) -> None:
         token_ids, finish = output.token_ids, output.finish_reason
         if output.started is not None:
-            self._start(output.started)
+            self.start(output.started)
+        if output.kv_transfer_params is not None:
+            self._metrics.disagg.transferred(output.kv_transfer_params)
         if token_ids:
             self._count(len(token_ids))
         if finish == "cancelled" or finish == "error":
             error = output.error or wire.WireError("engine_failure", "the worker ended the request")
             # Any other code is a refusal, which an engine in a process of its own can only send in this way.
-            self._fail(Retry(error, lost=error.code == "engine_failure"))
+            self.fail(Retry(error, lost=error.code == "engine_failure", told=True))
             return
         stream = self._stream
         taken = stream.tokens
@@ -172,7 +209,8 @@ class Sequence:
         else:
             self._take(text, token_ids, logprobs, None)
 
-    def _start(self, started: wire.Started) -> None:
+    def start(self, started: wire.Started) -> None:
+        """Work on the prompt has begun. Only the first worker's word counts: a later one has its blocks from there."""
         if self.cached_tokens is None:
             self.cached_tokens = started.cached_tokens
             self._queue_ms = started.queue_ms
@@ -188,8 +226,8 @@ class Sequence:
             metrics.ttft_s.observe(now - self._started_at)
         else:
             metrics.itl_s.observe((now - self._last_at) / tokens, tokens)
-        if not self._prefilled:
-            self._prefilled = True
+        if not self.prefilled:
+            self.prefilled = True
             if self._worker is not None:
                 self._worker.load.first_token(self._rid)
         self._last_at = now

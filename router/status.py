@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -10,7 +11,7 @@ from typing import Any
 import msgspec
 
 from kvstore.cards import InstanceCard
-from router.config import RouterConfig
+from router.config import DisaggSettings, RouterConfig
 from router.generation import Generation
 from router.models import Model, Models
 from router.pool import Pool
@@ -26,7 +27,9 @@ def version() -> str:
         return "unknown"
 
 
-def status(config: RouterConfig, models: Models, pool: Pool, generation: Generation) -> dict[str, Any]:
+def status(
+    config: RouterConfig, disagg: DisaggSettings, models: Models, pool: Pool, generation: Generation
+) -> dict[str, Any]:
     """The whole document."""
     return {
         "version": version(),
@@ -34,6 +37,7 @@ def status(config: RouterConfig, models: Models, pool: Pool, generation: Generat
         "ready": pool.can_serve(),
         "namespace": config.namespace,
         "policy": config.placement.policy,
+        "disaggregation": msgspec.structs.asdict(disagg),
         "redis_connected": pool.redis_connected,
         "inflight": generation.inflight,
         "instances": [_instance(connection, models, pool) for connection in pool.connections()],
@@ -82,6 +86,7 @@ def _model(model: Model, pool: Pool) -> dict[str, Any]:
     return {
         "model": model.name,
         "instances": len(model.cards),
+        "roles": dict(sorted(Counter(card.role for card in model.cards).items())),
         "block_size": model.block_size,
         "max_context": model.max_context,
         "index": index,

@@ -36,6 +36,8 @@ class Placed(Struct, frozen=True, kw_only=True):
     """How many of them the index says that the worker holds."""
     reason: str
     """For metrics: `kv`, `load`, `round_robin`, `random`, `migration`."""
+    prefill_instance: str = ""
+    """Which other worker computes the prompt; empty: `instance` itself."""
 
 
 class Delta(Struct):
@@ -79,7 +81,8 @@ class Generator(Protocol):
         """Serve one request.
 
         `on_delta` and `on_placed` are called on the event loop, straight from the frame's handler: they must not block.
-        `on_placed` comes before the first delta, and again with reason `migration` after a worker was lost.
+        `on_placed` comes before the first delta, and again when something of it changes, as its
+        reason does to `migration` after a worker was lost.
         Cancelling the awaiting task cancels the request on its worker. Raises `router.errors.RouterError`.
         """
         ...

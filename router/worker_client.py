@@ -43,6 +43,8 @@ class WorkerConnection:
         self.card = card
         self.instance = card.instance
         self.load = WorkerLoad(card.block_size)
+        self.sessions = 0
+        """Opened so far: what was sent while the number was another one went with its session."""
         self.last_error = "not connected yet"
         self.paused = False
         """Set by the owner: it is to take no new requests, while those in flight go on."""
@@ -103,6 +105,11 @@ class WorkerConnection:
             self._session.send(wire.Cancel(rid))
             self._note_idle()
 
+    def withdraw(self, rid: int) -> None:
+        """A request has ended, but nobody will fetch what it left: the worker is told to let go of its KV blocks."""
+        if self._session is not None:
+            self._session.send(wire.Cancel(rid))
+
     async def wait_idle(self) -> None:
         """Wait until no request of this router is in flight there."""
         await self._idle.wait()
@@ -145,6 +152,7 @@ class WorkerConnection:
         try:
             await session.open()
             self._session, self._draining = session, False
+            self.sessions += 1
             self._on_change()
             logger.info("instance %s at %s: session open", self.instance, self.card.grpc_address)
             self._lose(await session.run())

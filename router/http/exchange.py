@@ -134,6 +134,8 @@ class Exchange:
                 (b"x-dynamo-prompt-blocks", str(self._placed.prompt_blocks).encode()),
                 (b"x-dynamo-reused-blocks", str(self._placed.reused_blocks).encode()),
             ]
+            if self._placed.prefill_instance:
+                headers.append((b"x-dynamo-prefill-instance", self._placed.prefill_instance.encode()))
         return headers
 
     # --- what the connection and the stream tell ---

@@ -37,6 +37,7 @@ _THREAD_FROM_BYTES = 256 * 1024
 """Larger bodies are decoded in a thread: they would keep the event loop for over a millisecond."""
 _HEADER_OF = {
     "instance": "x-dynamo-instance",
+    "prefill_instance": "x-dynamo-prefill-instance",
     "prompt_blocks": "x-dynamo-prompt-blocks",
     "reused_blocks": "x-dynamo-reused-blocks",
     "cached_tokens": "x-dynamo-cached-tokens",

@@ -96,6 +96,7 @@ def placed_parameters(placed: Placed) -> Parameters:
     """Known as soon as a worker was chosen."""
     return {
         "instance": placed.instance,
+        **({"prefill_instance": placed.prefill_instance} if placed.prefill_instance else {}),
         "prompt_blocks": placed.prompt_blocks,
         "reused_blocks": placed.reused_blocks,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_llm.cli import main
+from dynamo_llm.cli.plan import Mode, roles_of
 
 DEMO = str(Path(__file__).parents[2] / "model_repository" / "demo")
 FREE = ("--http-port", "0", "--grpc-port", "0")
@@ -102,6 +103,30 @@ def test_an_interpreter_that_is_not_there(refused: Refused) -> None:
     """Told before anything runs, with what to name instead."""
     line = refused("--model", str(DEMO), "--python", "/no/such/python")
     assert line.startswith("dynamo-llm: python /no/such/python does not exist: name the engine's interpreter")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--mode agg --prefill 1", "agg has --workers"),
+        ("--decode 2", "agg-router has --workers"),
+        ("--mode disagg --workers 2", "disagg has --prefill and --decode"),
+        ("--mode disagg-router --workers 2 --prefill 1", "disagg-router has --prefill and --decode"),
+        ("--mode agg --prefill-option x=1", "--prefill-option and --decode-option go with --mode disagg"),
+        ("--mode disagg --decode-option x", "KEY=VALUE"),
+    ],
+)
+def test_workers_that_the_mode_does_not_have(refused: Refused, arguments: str, words: str) -> None:
+    """The flag that goes with the mode is named."""
+    assert words in refused("--model", DEMO, *FREE, *arguments.split())
+
+
+def test_how_many_workers_of_which_role() -> None:
+    """One of each that the mode has, unless told otherwise."""
+    assert roles_of(Mode.agg, None, None, None) == ("agg",)
+    assert roles_of(Mode.agg_router, 3, None, None) == ("agg", "agg", "agg")
+    assert roles_of(Mode.disagg, None, None, None) == ("prefill", "decode")
+    assert roles_of(Mode.disagg_router, None, 2, 1) == ("prefill", "prefill", "decode")
 
 
 def test_an_engine_option_without_a_value(refused: Refused) -> None:

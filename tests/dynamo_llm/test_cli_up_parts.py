@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_llm.cli.up import Plan, _gpu_of, _scratch
+from dynamo_llm.cli.plan import Mode, Plan, _gpu_of
+from dynamo_llm.cli.up import _scratch
 from kvstore.embedded import fits
 
 DEMO = Path(__file__).parents[2] / "model_repository" / "demo"
@@ -51,10 +52,10 @@ time.sleep(600)
 
 UP = """
 import sys
-from dynamo_llm.cli import main, up
+from dynamo_llm.cli import main, plan
 from dynamo_llm.supervisor import ChildSpec
 part, log, behaviour, model, *more = sys.argv[1:]
-up.Plan._child = lambda self, name, argv, environment=None: ChildSpec(
+plan.Plan._child = lambda self, name, argv, environment=None: ChildSpec(
     name, [sys.executable, "-c", part, argv[0], name, log, behaviour])
 sys.argv = ["dynamo-llm", "up", "--model", model, "--workers", "2", "--http-port", "0", "--grpc-port", "0", *more]
 main()
@@ -175,10 +176,11 @@ def _plan(**more: object) -> Plan:
         "model_name": "m",
         "engine": "torch",
         "engine_options": {},
+        "role_options": {},
         "python": "",
         "dialect": "vllm",
-        "mode": "agg",
-        "workers": 2,
+        "mode": Mode.agg,
+        "roles": ("agg", "agg"),
         "host": "127.0.0.1",
         "http_port": 1,
         "grpc_port": 2,
@@ -196,16 +198,30 @@ def test_cores_are_shared_unless_the_user_says_otherwise(monkeypatch: pytest.Mon
     """Each of two workers on six cores gets three threads; an option of the user's wins; no worker gets none."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     assert "threads=3" in _plan().worker(1).argv
-    assert "threads=1" in _plan(workers=9).worker(1).argv
+    assert "threads=1" in _plan(roles=("agg",) * 9).worker(1).argv
     argv = _plan(engine_options={"threads": 5}).worker(1).argv
     assert "threads=5" in argv
     assert "threads=3" not in argv
 
 
 def test_modes_choose_the_policy() -> None:
-    """`agg` is round robin and `agg-router` is KV-aware."""
-    assert "round-robin" in _plan(mode="agg").router().argv
-    assert "kv" in _plan(mode="agg-router").router().argv
+    """The modes without a router's name are round robin, the others are KV-aware."""
+    for mode in (Mode.agg, Mode.disagg):
+        assert "round-robin" in _plan(mode=mode).router().argv
+    for mode in (Mode.agg_router, Mode.disagg_router):
+        assert "kv" in _plan(mode=mode).router().argv
+
+
+def test_workers_get_their_role() -> None:
+    """Prefill workers first; each part is named after its role, and gets its role's options over the common ones."""
+    options = {"decode": {"threads": 7}, "prefill": {}}
+    plan = _plan(roles=("prefill", "decode", "decode"), engine_options={"threads": 5}, role_options=options)
+    specs = plan.workers()
+    assert [spec.name for spec in specs] == ["prefill-1", "decode-1", "decode-2"]
+    assert [spec.argv[spec.argv.index("--role") + 1] for spec in specs] == ["prefill", "decode", "decode"]
+    assert ["threads=7" in spec.argv for spec in specs] == [False, True, True]
+    assert ["threads=5" in spec.argv for spec in specs] == [True, False, False]
+    assert [spec.name for spec in _plan().workers()] == ["worker-1", "worker-2"]
 
 
 def test_the_redis_url_is_on_no_command_line() -> None:

@@ -11,6 +11,11 @@ def test_prefix_and_tags() -> None:
     keys = Keys("p", "ns")
     names = [keys.instances(), keys.instance("a"), keys.era(), keys.blob("0"), keys.settings(), keys.changes()]
     model = [keys.events("m/{x}", 16), keys.index("m/{x}", 16), keys.index_writer("m/{x}", 16)]
+    model += [
+        keys.prefill_queue("m/{x}", 16),
+        keys.prefill_calls("m/{x}", 16, "r1"),
+        keys.prefill_calls("m/{x}", 16, "r2"),
+    ]
     assert len(set(names + model)) == len(names + model)
     assert all(name.startswith("p:{ns}:") for name in names)
     assert all(name.startswith("p:{ns/m%2F%7Bx%7D/16}:") for name in model)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from kvstore import model_files, wire
-from kvstore.cards import InstanceCard, Stored
+from kvstore.cards import InstanceCard, Role, Stored
 from kvstore.events import EventPublisher
 from kvstore.hashing import block_hashes, root_seed
 from kvstore.keys import Keys
@@ -110,12 +111,14 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
         model: str = MODEL,
         block_size: int = BLOCK_SIZE,
         files: Mapping[str, bytes] = FILES,
+        role: Role = "agg",
     ) -> None:
         self.instance = instance
         self.script = script
         self.model = model
         self.block_size = block_size
         self.files = files
+        self.role: Role = role
         self.submits: list[wire.Submit] = []
         self.cancels: list[int] = []
         self.batches: list[wire.ControlBatch] = []
@@ -162,6 +165,7 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
             instance=self.instance,
             namespace=namespace,
             model=self.model,
+            role=self.role,
             grpc_address=self.address,
             engine="scripted",
             block_size=self.block_size,
@@ -170,6 +174,11 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
             model_files=blob,
             epoch=1,
         )
+
+    async def change_role(self, role: Role) -> None:
+        """Announce another role, as the same instance."""
+        self.role = role
+        await self.lease.update(msgspec.structs.replace(self.lease.card, role=role))
 
     async def kill(self) -> None:
         """Die without a word: connections are cut."""

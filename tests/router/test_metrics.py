@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from router.disagg_metrics import DisaggFigures
+from router.disaggregation import Verdict
 from router.metrics import Histogram, IndexFigures, Metrics
 
 TABLE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -31,6 +33,10 @@ def filled() -> Metrics:
     model.placed("i1", "kv")
     model.placed("i2", "load")
     model.migrated("lost")
+    model.disagg.decided(Verdict(remote=True, reason="cheaper"))
+    model.disagg.decided(Verdict(remote=True, reason="cheaper"))
+    model.disagg.failed("late")
+    model.disagg.transferred({"transfer_ms": 20.0, "transferred_tokens": 400})
     return metrics
 
 
@@ -40,6 +46,25 @@ def test_every_family_is_documented() -> None:
     served = {f.name + ("_total" if f.type == "counter" else "") for f in families}
     listed = {line.split("`")[1] for line in TABLE.read_text().splitlines() if line.startswith("| `dynamo_llm_router_")}
     assert served == listed
+
+
+def test_figures_of_disaggregation() -> None:
+    """Decisions by where and why, failures by reason, and transfers as decode workers tell of them."""
+    lines = filled().render().decode().splitlines()
+    assert 'dynamo_llm_router_prefills_total{model="m",reason="cheaper",where="remote"} 2.0' in lines
+    assert 'dynamo_llm_router_remote_prefill_failures_total{model="m",reason="late"} 1.0' in lines
+    assert 'dynamo_llm_router_kv_transferred_tokens_total{model="m"} 400.0' in lines
+    assert 'dynamo_llm_router_kv_transfer_seconds_sum{model="m"} 0.02' in lines
+
+
+@given(told=st.lists(st.tuples(st.floats(0.001, 1e6), st.integers(1, 10**6)), min_size=1, max_size=20))
+def test_the_transfer_rate_stays_among_those_measured(told: list[tuple[float, int]]) -> None:
+    """A moving average is never faster than the fastest transfer nor slower than the slowest."""
+    figures = DisaggFigures()
+    for took_ms, tokens in told:
+        figures.transferred({"transfer_ms": took_ms, "transferred_tokens": tokens})
+    rates = [1000.0 * tokens / took_ms for took_ms, tokens in told]
+    assert min(rates) * 0.999 <= figures.transfer_tokens_per_s <= max(rates) * 1.001
 
 
 def test_a_gone_instance_leaves_no_series() -> None:

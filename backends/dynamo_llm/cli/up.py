@@ -2,28 +2,26 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
 from dynamo_llm.cli import checks
 from dynamo_llm.cli.errors import CommandError, StartError
+from dynamo_llm.cli.plan import Mode, Plan, roles_of
 from dynamo_llm.cli.progress import Progress
 from dynamo_llm.cli.router_api import fetch_status
 from dynamo_llm.config import ConfigError, resolve_model
-from dynamo_llm.supervisor import Child, ChildFailed, ChildRefused, ChildSpec, Supervisor
+from dynamo_llm.supervisor import Child, ChildFailed, ChildRefused, Supervisor
 from kvstore.embedded import fits
 
 EPILOG = """[bold]Examples[/bold]
@@ -31,6 +29,8 @@ EPILOG = """[bold]Examples[/bold]
   dynamo-llm up --model model_repository/demo --workers 2
 
   dynamo-llm up --model DIR --mode agg    [dim]round robin, not KV-aware[/dim]
+
+  dynamo-llm up --model DIR --mode disagg-router --prefill 1 --decode 2
 
   dynamo-llm up --model DIR --redis redis://HOST:6379 --http-port 9000
 
@@ -47,16 +47,8 @@ EPILOG = """[bold]Examples[/bold]
   Exit code 2: it could not start as it was told to; 1: a part failed for good.
 """
 
-_POLICIES = {"agg": "round-robin", "agg-router": "kv"}
 _EXIT_MARGIN_S = 15.0
 """Beyond its drain, a child has so long to close what it holds."""
-
-
-class Mode(str, Enum):
-    """Deployment modes (design: four modes, one flag; disaggregation is still to come)."""
-
-    agg = "agg"
-    agg_router = "agg-router"
 
 
 class Dialect(str, Enum):
@@ -64,71 +56,6 @@ class Dialect(str, Enum):
 
     vllm = "vllm"
     tensorrtllm = "tensorrtllm"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run, checked."""
-
-    model_path: str
-    model_name: str
-    engine: str
-    engine_options: dict[str, Any]
-    python: str
-    dialect: str
-    mode: str
-    workers: int
-    host: str
-    http_port: int
-    grpc_port: int
-    redis_url: str
-    redis_folder: str
-    """Where the embedded Redis has its socket; empty when the user has a Redis."""
-    namespace: str
-    drain_timeout_s: float
-    start_timeout_s: float
-    verbose: bool
-
-    def redis(self) -> ChildSpec:
-        return ChildSpec("redis", [sys.executable, "-m", "kvstore.embedded", self.redis_folder], {}, 30.0)
-
-    def router(self) -> ChildSpec:
-        argv = ["router", "--host", self.host, "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
-        argv += ["--policy", _POLICIES[self.mode], "--drain-timeout", f"{self.drain_timeout_s:g}"]
-        argv += ["--log-level", "info" if self.verbose else "warning"]
-        return self._child("router", argv)
-
-    def worker(self, number: int) -> ChildSpec:
-        argv = ["worker", "--model", self.model_path, "--name", self.model_name, "--engine", self.engine]
-        for key, value in {**self._share(), **self.engine_options}.items():
-            argv += ["--engine-option", f"{key}={json.dumps(value)}"]
-        argv += ["--python", self.python] if self.python else []
-        argv += ["--dialect", self.dialect, "--drain-timeout", f"{self.drain_timeout_s:g}"]
-        return self._child(f"worker-{number}", argv, _gpu_of(number))
-
-    def _child(self, name: str, argv: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> ChildSpec:
-        return ChildSpec(
-            name,
-            [sys.executable, "-m", "dynamo_llm", *argv, "--namespace", self.namespace],
-            # By the environment: a command line is for everybody on the machine to read, and a URL may hold a password.
-            {"DYNAMO_LLM_REDIS": self.redis_url, **environment},
-            self.start_timeout_s,
-        )
-
-    def _share(self) -> dict[str, Any]:
-        """Each worker's share of the cores: more threads than cores slow all of them down."""
-        cores = len(os.sched_getaffinity(0))
-        return {"threads": max(1, cores // self.workers)} if self.engine == "torch" else {}
-
-
-def _gpu_of(number: int) -> dict[str, str]:
-    """One GPU for each worker in turn, where there are any; the engine sees no other one."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        with contextlib.suppress(OSError):
-            visible = ",".join(map(str, range(len(os.listdir("/proc/driver/nvidia/gpus")))))
-    gpus = [gpu for gpu in (visible or "").split(",") if gpu]
-    return {"CUDA_VISIBLE_DEVICES": gpus[(number - 1) % len(gpus)]} if gpus else {}
 
 
 def up(
@@ -142,6 +69,14 @@ def up(
         list[str] | None,
         typer.Option(help="Option of the engine, its value in JSON; repeatable.", metavar="KEY=VALUE"),
     ] = None,
+    prefill_option: Annotated[
+        list[str] | None,
+        typer.Option(help="The same, for the prefill workers alone.", metavar="KEY=VALUE"),
+    ] = None,
+    decode_option: Annotated[
+        list[str] | None,
+        typer.Option(help="The same, for the decode workers alone.", metavar="KEY=VALUE"),
+    ] = None,
     python: Annotated[
         str,
         typer.Option(
@@ -153,10 +88,25 @@ def up(
     dialect: Annotated[
         Dialect, typer.Option(help="Whose Triton clients the model's name is for, on the workers.")
     ] = Dialect.vllm,
-    workers: Annotated[int, typer.Option(min=1, help="Workers to run.", rich_help_panel="Cluster")] = 1,
     mode: Annotated[
-        Mode, typer.Option(help="Round robin, or where the prefix is cached.", rich_help_panel="Cluster")
+        Mode,
+        typer.Option(
+            help="Whole requests or prefill and decode apart; in turn, or (-router) where the prefix is cached.",
+            rich_help_panel="Cluster",
+        ),
     ] = Mode.agg_router,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Workers to run, in the agg modes.", show_default="1", rich_help_panel="Cluster"),
+    ] = None,
+    prefill: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prefill workers, in the disagg modes.", show_default="1", rich_help_panel="Cluster"),
+    ] = None,
+    decode: Annotated[
+        int | None,
+        typer.Option(min=1, help="Decode workers, in the disagg modes.", show_default="1", rich_help_panel="Cluster"),
+    ] = None,
     redis: Annotated[
         str,
         typer.Option(
@@ -198,7 +148,12 @@ def up(
 
     A part that dies is named and started again, with growing pauses.
     """
+    roles = roles_of(mode, workers, prefill, decode)
+    if "agg" in roles and (prefill_option or decode_option):
+        raise StartError("--prefill-option and --decode-option go with --mode disagg or disagg-router")
     options = checks.parse_engine_options(engine_option or [])
+    by_role = {"prefill": prefill_option or [], "decode": decode_option or []}
+    role_options = {role: checks.parse_engine_options(pairs) for role, pairs in by_role.items()}
     try:
         folder, name = resolve_model(model, name)
     except ConfigError as error:
@@ -208,8 +163,8 @@ def up(
     if not redis:
         checks.check_embedded_redis()
     plan = Plan(
-        str(folder), name, engine, options, python, dialect.value, mode.value, workers, host, http_port, grpc_port,
-        redis, "", namespace, drain_timeout, start_timeout, verbose,
+        str(folder), name, engine, options, role_options, python, dialect.value, mode, roles, host, http_port,
+        grpc_port, redis, "", namespace, drain_timeout, start_timeout, verbose,
     )  # fmt: skip
     try:
         code = asyncio.run(_run(plan, Progress(verbose=verbose)))
@@ -274,7 +229,7 @@ async def _supervise(plan: Plan, supervisor: Supervisor, signals: _Signals, prog
         if not await _unless_stopped(redis.became_ready.wait(), signals, supervisor):
             return await supervisor.stop(["redis"], stop_timeout_s)
     router = supervisor.start(plan.router())
-    workers = [supervisor.start(plan.worker(number)) for number in range(1, plan.workers + 1)]
+    workers = [supervisor.start(spec) for spec in plan.workers()]
     if await _unless_stopped(_until_served(router, workers, plan.start_timeout_s), signals, supervisor):
         url = router.ready_line.split()[1]
         progress.quiet()
