@@ -39,6 +39,8 @@ class InstanceCard(Struct, frozen=True, kw_only=True):
     epoch: int
     """Grows at each start of the engine; milliseconds since 1970."""
     nixl: str | None = None
+    prefill_queue: bool = False
+    """Calls for requests of the prefill queue when it has room (`kvstore.prefill_caller`)."""
     pid: int = 0
     started_s: float = 0.0
     """Seconds since 1970."""
