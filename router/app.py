@@ -33,6 +33,7 @@ from router.live_settings import LiveSettings
 from router.metrics import Metrics
 from router.models import Models
 from router.pool import Pool
+from router.prefill_queues import PrefillQueues
 from router.status import status
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,10 @@ class Application:
             settings = self.settings
             pool = Pool(registry, self.models, self.metrics, config, settings.on_change)
             self.pool = await stack.enter_async_context(pool)
-            self.generation = Generation(self.models, self.pool, self.metrics, config, settings)
+            name = f"router-{os.urandom(6).hex()}"
+            queues = await stack.enter_async_context(PrefillQueues(redis, registry.keys, name))
+            self.generation = Generation(self.models, self.pool, self.metrics, config, settings, queues)
+            self.metrics.prefill_queue_depths = queues.depths
             self.metrics.redis_connected = lambda: self.pool.redis_connected
             self.metrics.index_figures = self.pool.index_figures
             await self.pool.wait_listed(_LISTING_TIMEOUT_S)

@@ -25,6 +25,8 @@ class DisaggFigures:
         """By where (`remote`, `local`) and the policy's reason."""
         self.failures: dict[str, int] = {}
         """Remote prefills that came to nothing, by reason; see docs/metrics.md."""
+        self.queued = 0
+        """Requests that waited in the prefill queue."""
         self.queue_s = Histogram(LATENCY_S)
         self.prefill_s = Histogram(LATENCY_S)
         self.transfer_s = Histogram(_TRANSFER_S)
@@ -66,13 +68,17 @@ def families(models: Mapping[str, DisaggFigures]) -> Iterator[Metric]:
     tokens = CounterMetricFamily(
         "dynamo_llm_router_kv_transferred_tokens", "Prompt tokens whose KV blocks were pulled.", labels=("model",)
     )
+    queued = CounterMetricFamily(
+        "dynamo_llm_router_prefills_queued", "Requests that waited in the prefill queue.", labels=("model",)
+    )
     for name, figures in models.items():
+        queued.add_metric((name,), figures.queued)
         for (where, reason), count in figures.prefills.items():
             prefills.add_metric((name, where, reason), count)
         for reason, count in figures.failures.items():
             failures.add_metric((name, reason), count)
         tokens.add_metric((name,), figures.transferred_tokens)
-    yield from (prefills, failures, tokens)
+    yield from (prefills, failures, tokens, queued)
     for family, text, attribute in (
         ("remote_prefill_queue", "From a prefill's submission to its worker's first step on it.", "queue_s"),
         ("remote_prefill", "From a prefill's submission to its handover.", "prefill_s"),

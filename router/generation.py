@@ -18,6 +18,7 @@ from router.live_settings import LiveSettings
 from router.metrics import Metrics
 from router.models import Model, Models
 from router.placer import Choice, Fleet, Job, Placer
+from router.prefill_queues import PrefillQueues
 from router.prefill_stage import PrefillStage, PrefillStages, placed_at
 from router.sequence import Retry
 from router.sequence import Sequence as GeneratedSequence
@@ -46,16 +47,17 @@ class Generation:
         metrics: Metrics,
         config: RouterConfig,
         settings: LiveSettings | None = None,
+        queues: PrefillQueues | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`settings`: where those of `config` can change meanwhile."""
+        """`settings`: where those of `config` can change meanwhile. `queues`: see `PrefillStages`."""
         rng = rng or random.Random()
         self._models = models
         self._fleet = fleet
         self._metrics = metrics
         self._config = config
         self._placer = Placer(fleet, config.placement, rng)
-        self._stages = PrefillStages(fleet, config.placement, settings or LiveSettings(config.disagg), rng)
+        self._stages = PrefillStages(fleet, config.placement, settings or LiveSettings(config.disagg), queues, rng)
         self._sequences: set[GeneratedSequence] = set()
 
     @property

@@ -74,6 +74,8 @@ class Metrics:
         """Set by the application."""
         self.index_figures: Callable[[], dict[str, IndexFigures]] = dict
         """By model; set by the application."""
+        self.prefill_queue_depths: Callable[[], dict[str, int]] = dict
+        """By model; set by the application."""
 
     def model(self, name: str) -> ModelMetrics:
         """Figures of a model that exists: never call it with a name that a client made up."""
@@ -105,6 +107,12 @@ class _Collector(Collector):
         yield from self._histograms()
         yield from self._counters()
         yield from disagg_metrics.families({name: model.disagg for name, model in self._metrics.models.items()})
+        depths = GaugeMetricFamily(
+            "dynamo_llm_router_prefill_queue_depth", "Requests of all routers in the prefill queue.", labels=("model",)
+        )
+        for name, depth in self._metrics.prefill_queue_depths().items():
+            depths.add_metric((name,), depth)
+        yield depths
         yield from self._index()
 
     def _requests(self) -> Iterator[Metric]:

@@ -10,11 +10,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
+
 from kvstore import wire
+from kvstore.errors import StoreError
 from router.config import DisaggSettings, PlacementSettings
 from router.disaggregation import Verdict, decide, side_of
 from router.live_settings import LiveSettings
 from router.placer import Choice, Fleet, Job, Placer
+from router.prefill_queues import PrefillQueues
 from router.prefill_run import PrefillFailed, PrefillRun
 from router.sequence import Retry
 from router.types import Placed
@@ -25,23 +29,35 @@ from router.worker_session import WorkerLost
 class PrefillStages:
     """Makes the stages of all requests."""
 
-    def __init__(self, fleet: Fleet, placement: PlacementSettings, settings: LiveSettings, rng: random.Random) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        placement: PlacementSettings,
+        settings: LiveSettings,
+        queues: PrefillQueues | None,
+        rng: random.Random,
+    ) -> None:
+        """`queues`: where requests wait while all prefill workers are busy; None: each waits at a worker."""
         self._fleet = fleet
         self._placer = Placer(fleet, placement, rng)
         self._settings = settings
+        self._queues = queues
 
     def stage(self, job: Job) -> "PrefillStage":
-        return PrefillStage(job, self._fleet, self._placer, self._settings.current)
+        return PrefillStage(job, self._fleet, self._placer, self._settings.current, self._queues)
 
 
 class PrefillStage:
     """See the module's docstring. `close` it when the request has ended, however it did."""
 
-    def __init__(self, job: Job, fleet: Fleet, placer: Placer, settings: DisaggSettings) -> None:
+    def __init__(
+        self, job: Job, fleet: Fleet, placer: Placer, settings: DisaggSettings, queues: PrefillQueues | None
+    ) -> None:
         self._job = job
         self._fleet = fleet
         self._placer = placer
         self._settings = settings
+        self._queues = queues
         self._run: PrefillRun | None = None
         """The prefill that has handed over, or is about to."""
         self._used = False
@@ -82,6 +98,8 @@ class PrefillStage:
             if not self._is_remote(decode, prefill) or prefill is None:
                 return
             try:
+                if self._queues is not None and self._is_busy(self._queues):
+                    prefill = await self._wait_for_room(self._queues, prefill, decode)
                 await self._prefill(prefill, decode)
             except PrefillFailed as failure:
                 self._job.metrics.disagg.failed(failure.reason)
@@ -124,12 +142,12 @@ class PrefillStage:
         """A prefill worker; None where none is left to try."""
         if self._local or len(self._tried) >= self._settings.prefill_attempts:
             return None
+        fit = self._fit()
+        return self._placer.choose(fit, self._job, self._job.model.prefill_turn) if fit else None
+
+    def _fit(self) -> list[WorkerConnection]:
         workers = self._fleet.prefill_workers(self._job.model.name)
-        fit = [worker for worker in workers if worker.ready and worker.instance not in self._tried]
-        if not fit:
-            return None
-        model = self._job.model
-        return self._placer.choose(fit, self._job, model.prefill_turn)
+        return [worker for worker in workers if worker.ready and worker.instance not in self._tried]
 
     def _is_remote(self, decode: Choice, prefill: Choice | None) -> bool:
         figures, model = self._job.metrics.disagg, self._job.model
@@ -137,14 +155,55 @@ class PrefillStage:
             figures.decided(Verdict(remote=False, reason="failed"))
             return False
         tokens = len(self._job.sequence.request.token_ids) // 4
+        remote = side_of(prefill.candidate, tokens, model.block_size) if prefill is not None else None
+        if remote is not None and self._queues is not None and (queue := self._queues.find(model)) is not None:
+            share = queue.tokens / len(self._fit())  # of what waits for all of them
+            remote = msgspec.structs.replace(remote, queued_tokens=remote.queued_tokens + share)
         verdict = decide(
             side_of(decode.candidate, tokens, model.block_size),
-            side_of(prefill.candidate, tokens, model.block_size) if prefill is not None else None,
+            remote,
             figures.transfer_tokens_per_s or self._settings.transfer_tokens_per_s,
             self._settings,
         )
         figures.decided(verdict)
         return verdict.remote
+
+    def _is_busy(self, queues: PrefillQueues) -> bool:
+        """A request has to wait for a prefill worker, and others may wait already: one of them has the next turn."""
+        model, limit, workers = self._job.model, self._settings.busy_prefill_tokens, self._fit()
+        if not limit or not any(worker.card.prefill_queue for worker in workers):
+            return False
+        queue = queues.find(model)
+        if queue is not None and queue.depth:
+            return True
+        return all(worker.load.prefill_blocks * model.block_size >= limit for worker in workers)
+
+    async def _wait_for_room(self, queues: PrefillQueues, prefill: Choice, decode: Choice) -> Choice:
+        """The prefill worker that calls for the request. Where the queue is out of reach, the one that was chosen.
+
+        Raises `PrefillFailed` or `RouterError`.
+        """
+        job, timeout_s = self._job, self._settings.prefill_timeout_s
+        try:
+            waiting = await (await queues.open(job.model)).draw(len(job.sequence.request.token_ids) // 4, timeout_s)
+        except StoreError:
+            return prefill
+        job.metrics.disagg.queued += 1
+        with _reserved(decode.worker, job.hashes):
+            try:
+                await _first_of(waiting.called, job.sequence.aborted, timeout_s)
+            finally:
+                waiting.leave()
+        if job.sequence.aborted.done():
+            raise job.sequence.aborted.result()
+        if not waiting.called.done():
+            raise PrefillFailed("late", elsewhere=False)
+        instance = waiting.called.result()
+        called = [worker for worker in self._fit() if worker.instance == instance]
+        if not called:
+            self._tried.add(instance)
+            raise PrefillFailed("lost", elsewhere=True)
+        return self._placer.choose(called, job, job.model.prefill_turn)
 
     async def _prefill(self, prefill: Choice, decode: Choice) -> None:
         """Until something was handed over, or the whole answer is there. Raises `PrefillFailed` or `RouterError`."""
@@ -159,8 +218,7 @@ class PrefillStage:
             except WorkerLost:
                 raise PrefillFailed("lost", elsewhere=True) from None
             job.sequence.announce(placed_at(decode, job, self.instance))
-            waits: tuple[asyncio.Future[Any], ...] = (run.outcome, job.sequence.aborted)
-            await asyncio.wait(waits, timeout=self._settings.prefill_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await _first_of(run.outcome, job.sequence.aborted, self._settings.prefill_timeout_s)
         if job.sequence.aborted.done():
             raise job.sequence.aborted.result()
         if not run.outcome.done():
@@ -177,6 +235,11 @@ def placed_at(choice: Choice, job: Job, prefill_instance: str, reason: str = "")
         reason=reason or choice.decision.reason,
         prefill_instance=prefill_instance,
     )
+
+
+async def _first_of(one: asyncio.Future[Any], other: asyncio.Future[Any], timeout_s: float) -> None:
+    """Until one of them is done, or the time is up."""
+    await asyncio.wait((one, other), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
 
 
 @contextmanager

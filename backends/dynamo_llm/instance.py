@@ -32,12 +32,16 @@ from kvstore.cards import InstanceCard
 from kvstore.errors import StoreError, StoreUnavailable
 from kvstore.events import EventPublisher
 from kvstore.lease import Lease
+from kvstore.prefill_caller import PrefillCaller
 from kvstore.registry import Registry
 
 ENDING_S = 2.0
 """How long cancelled requests and ending sessions may take."""
 _FIRST_PAUSE_S = 0.25
 _POLL_S = 0.01
+_ROOM_TOKENS = 1024
+"""A prefill worker that has fewer prompt tokens to compute calls for another request: it should not run dry before
+that has come."""
 
 CreateEngine = Callable[[WorkerConfig, Path, str], Engine]
 """Makes the engine of (options, model folder, model name). Raises `EngineError`."""
@@ -123,11 +127,16 @@ class Instance:
         """Enter the registry with the card of a life's engine; its instance and epoch are filled in. Raises
         `StoreError`, and may then be called again."""
         self._card = card
-        made = msgspec.structs.replace(card(self.service.engine), instance=self.id, epoch=self._epoch)
+        calls = self._config.role == "prefill"
+        made = msgspec.structs.replace(
+            card(self.service.engine), instance=self.id, epoch=self._epoch, prefill_queue=calls
+        )
         if self._transfer is not None:
             made = msgspec.structs.replace(made, nixl=await publish(self._registry, self._transfer))
         self._lease = await self._registry.register(made, ttl_s=self._config.lease_ttl_s)
         self._life.push_async_callback(self._lease.close)
+        if calls:
+            await self._life.enter_async_context(self._caller(made.block_size))
         return made
 
     async def keep(self) -> str:
@@ -244,6 +253,21 @@ class Instance:
             except StoreUnavailable:  # noqa: PERF203 - tried again
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, 2.0)
+
+    def _caller(self, block_size: int) -> PrefillCaller:
+        service = self.service
+        return PrefillCaller(
+            self._registry.redis,
+            self._registry.keys,
+            model=self._model,
+            block_size=block_size,
+            instance=self.id,
+            has_room=lambda: (
+                not service.draining
+                and service.failure is None
+                and service.load().waiting_prefill_tokens < _ROOM_TOKENS
+            ),
+        )
 
     def _publisher(self, engine: Engine) -> EventPublisher:
         return EventPublisher(

@@ -18,10 +18,12 @@ from dynamo_llm.engines.base import Engine
 from dynamo_llm.instance import Instance
 from dynamo_llm.transfer import KvTransfer, Layout, TransferError
 from dynamo_llm.transfer.metrics import TransferMetrics
-from kvstore.cards import InstanceCard
+from kvstore.cards import InstanceCard, Role
 from kvstore.keys import Keys
+from kvstore.prefill_queue import PrefillQueue
 from kvstore.registry import Registry
 from kvstore.tasks import stop
+from kvstore.wire import Load
 
 
 class Slow(ScriptedEngine):
@@ -42,11 +44,11 @@ class Slow(ScriptedEngine):
 class Running:
     """An instance that is registered and kept. `plan` has what becomes of each engine that is made."""
 
-    def __init__(self, redis: Redis, *plan: Slow | BaseException) -> None:
+    def __init__(self, redis: Redis, *plan: Slow | BaseException, role: Role = "agg") -> None:
         self.registry = Registry(redis, Keys("instance"))
         self.said: list[str] = []
         self._plan = list(plan)
-        config = WorkerConfig(model_path=".", engine="scripted")
+        config = WorkerConfig(model_path=".", engine="scripted", role=role)
         self.instance = Instance(config, Path(), "demo", create=self._create, say=self.said.append)
         self.keeper: asyncio.Task[str]
 
@@ -86,8 +88,8 @@ async def run(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ca
     monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.01)
     started: list[Running] = []
 
-    async def run(*plan: Slow | BaseException) -> Running:
-        started.append(Running(redis, *plan))
+    async def run(*plan: Slow | BaseException, **options: Any) -> Running:
+        started.append(Running(redis, *plan, **options))
         return await started[-1].start()
 
     yield run
@@ -230,3 +232,38 @@ async def test_prefill_and_decode_find_each_other(redis: Redis, eventually: Call
     for each in running:
         await stop(each.keeper)
         await each.instance.close()
+
+
+class Loaded(Slow):
+    """Says what it has to do as a test tells it to."""
+
+    tokens = 0
+
+    def load(self) -> Load:
+        return Load(waiting_prefill_tokens=self.tokens)
+
+
+async def test_a_prefill_worker_calls_when_it_has_room(
+    run: Callable[..., Any], redis: Redis, eventually: Callable[..., Any]
+) -> None:
+    """Its card says that it does; it claims from the queue once it has little to compute."""
+    engine = Loaded()
+    engine.tokens = 5000
+    running = await run(engine, role="prefill")
+    (card,) = await running.registry.instances()
+    assert card.prefill_queue
+    queue = PrefillQueue(redis, Keys("instance"), model="demo", block_size=16, router="r1", poll_s=0.02)
+    async with queue:
+        first = await queue.draw(10, 60.0)
+        await eventually(lambda: queue.depth == 1)
+        assert not first.called.done()
+        engine.tokens = 0
+        assert await first.called == running.instance.id
+
+
+async def test_other_workers_do_not_call(run: Callable[..., Any], redis: Redis) -> None:
+    """The queue is for prefill workers: nobody else makes a group on it."""
+    running = await run(Loaded())
+    (card,) = await running.registry.instances()
+    assert not card.prefill_queue
+    assert not await redis.exists(Keys("instance").prefill_queue("demo", 16))

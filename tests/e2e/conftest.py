@@ -21,10 +21,6 @@ class Cluster(Up):
             self.stop()
             pytest.fail("the cluster did not start:\n" + "\n".join(self.log))
 
-    @property
-    def grpc_address(self) -> str:
-        return self.status()["grpc_address"]
-
     def status(self) -> dict[str, Any]:
         """The router's own view."""
         with urllib.request.urlopen(f"{self.base}/status", timeout=10) as response:

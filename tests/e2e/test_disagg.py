@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tritonclient.grpc.aio as triton
+import tritonclient.http.aio as triton
 
 from kvstore.text import Tokenizer
 
@@ -45,10 +45,10 @@ def prompts() -> list[list[int]]:
     return made
 
 
-async def answers(address: str, prompts: list[list[int]]) -> list[list[int]]:
+async def answers(base: str, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy ones, so many requests at once."""
     turn = asyncio.Semaphore(AT_ONCE)
-    async with triton.InferenceServerClient(address) as client:
+    async with triton.InferenceServerClient(base.removeprefix("http://"), conn_limit=AT_ONCE) as client:
 
         async def ask(prompt: list[int]) -> list[int]:
             ids = triton.InferInput("input_ids", [len(prompt)], "INT32")
@@ -71,7 +71,7 @@ def remote_prefills(base: str) -> float:
 def expected(start_cluster: Callable[..., Any], prompts: list[list[int]]) -> list[list[int]]:
     """One worker's answers."""
     cluster = start_cluster("--mode", "agg", "--workers", "1")
-    got = asyncio.run(answers(cluster.grpc_address, prompts))
+    got = asyncio.run(answers(cluster.base, prompts))
     cluster.stop()
     return got
 
@@ -84,9 +84,8 @@ def test_the_same_tokens(
     """Many of the prompts are computed by one worker and continued by another, and no answer shows it."""
     cluster = start_cluster("--mode", mode, *ROLES)
     try:
-        assert asyncio.run(answers(cluster.grpc_address, prompts)) == expected
+        assert asyncio.run(answers(cluster.base, prompts)) == expected
         assert remote_prefills(cluster.base) > PROMPTS / 5
         cluster.wait(lambda status: not any(instance["kv_blocks_used"] for instance in status["instances"]), 60.0)
     finally:
         cluster.stop()
-

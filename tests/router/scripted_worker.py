@@ -112,6 +112,7 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
         block_size: int = BLOCK_SIZE,
         files: Mapping[str, bytes] = FILES,
         role: Role = "agg",
+        prefill_queue: bool = False,
     ) -> None:
         self.instance = instance
         self.script = script
@@ -119,6 +120,7 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.block_size = block_size
         self.files = files
         self.role: Role = role
+        self.prefill_queue = prefill_queue
         self.submits: list[wire.Submit] = []
         self.cancels: list[int] = []
         self.batches: list[wire.ControlBatch] = []
@@ -166,6 +168,7 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
             namespace=namespace,
             model=self.model,
             role=self.role,
+            prefill_queue=self.prefill_queue,
             grpc_address=self.address,
             engine="scripted",
             block_size=self.block_size,
