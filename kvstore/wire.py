@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from kvstore.cards import Role
+
 PAYLOAD = "payload"
 """Name of the one tensor (UINT8, shape [n]) of `M.control` and `M.session`, in and out: a msgpack document."""
 
@@ -120,7 +122,13 @@ class Close(Struct, frozen=True, tag="close"):
     A router that leaves sends it, because resetting the stream instead could hurt the server."""
 
 
-Command = Submit | Cancel | Snapshot | Drain | Stats | Close
+class SetRole(Struct, frozen=True, tag="role"):
+    """Be a worker of another role. What is in flight goes on; the role is taken when the instance's card says so."""
+
+    role: Role
+
+
+Command = Submit | Cancel | Snapshot | Drain | Stats | Close | SetRole
 
 
 SESSION_WINDOW = 256

@@ -18,30 +18,26 @@ from pathlib import Path
 import msgspec
 
 from dynamo_llm.config import WorkerConfig
+from dynamo_llm.duties import Duties
 from dynamo_llm.engines import create_engine
-from dynamo_llm.engines.base import Engine, EngineError, MovesBlocks
+from dynamo_llm.engines.base import Engine, EngineError
 from dynamo_llm.lifecycle import Lifecycle, RestartPolicy
 from dynamo_llm.maker import Maker
 from dynamo_llm.metrics import Metrics
 from dynamo_llm.service import Limits, Service
-from dynamo_llm.transfer import KvTransfer
-from dynamo_llm.transfer.follow import follow_peers, publish
-from dynamo_llm.transfer.metadata import agent_name
 from dynamo_llm.transfer.metrics import TransferMetrics
-from kvstore.cards import InstanceCard
+from kvstore.cards import InstanceCard, Role
 from kvstore.errors import StoreError, StoreUnavailable
 from kvstore.events import EventPublisher
 from kvstore.lease import Lease
-from kvstore.prefill_caller import PrefillCaller
 from kvstore.registry import Registry
 
 ENDING_S = 2.0
 """How long cancelled requests and ending sessions may take."""
 _FIRST_PAUSE_S = 0.25
+_MOST_PAUSE_S = 2.0
+"""Between attempts to reach Redis."""
 _POLL_S = 0.01
-_ROOM_TOKENS = 1024
-"""A prefill worker that has fewer prompt tokens to compute calls for another request: it should not run dry before
-that has come."""
 
 CreateEngine = Callable[[WorkerConfig, Path, str], Engine]
 """Makes the engine of (options, model folder, model name). Raises `EngineError`."""
@@ -78,22 +74,20 @@ class Instance:
         labels = {"triton_model": self.name} if config.instances > 1 else {}
         self.metrics = Metrics(model, **labels)
         self.transfer_metrics = TransferMetrics(model, **labels)
-        if config.role != "agg":
-            self.metrics.parts.append(self.transfer_metrics)
         self._config = config
         self._create = lambda: create(config, folder, model)
         self._model = model
         self._say = say
         self._restarts = Lifecycle(RestartPolicy(first_delay_s=_FIRST_PAUSE_S, most_restarts=config.engine_restarts))
         self._changed = asyncio.Event()
-        """Set when the service drains, or its engine has died."""
+        """Set when the service drains, is to have another role, or its engine has died."""
         self._life = AsyncExitStack()
         self._ending: asyncio.Task[None] | None = None
         self._lease: Lease | None = None
         self._maker: Maker | None = None
         """Of the engine that lives, or is to."""
-        self._transfer: KvTransfer | None = None
-        """Of the engine that lives, where its blocks are to be read by others or it reads theirs."""
+        self._role = config.role
+        self._duties: Duties
         self._service: Service | None = None
         self._epoch = 0
         self._batches = (0, 0)
@@ -127,25 +121,47 @@ class Instance:
         """Enter the registry with the card of a life's engine; its instance and epoch are filled in. Raises
         `StoreError`, and may then be called again."""
         self._card = card
-        calls = self._config.role == "prefill"
-        made = msgspec.structs.replace(
-            card(self.service.engine), instance=self.id, epoch=self._epoch, prefill_queue=calls
-        )
-        if self._transfer is not None:
-            made = msgspec.structs.replace(made, nixl=await publish(self._registry, self._transfer))
+        made = msgspec.structs.replace(card(self.service.engine), instance=self.id, epoch=self._epoch)
+        made = await self._duties.enter(made)
         self._lease = await self._registry.register(made, ttl_s=self._config.lease_ttl_s)
         self._life.push_async_callback(self._lease.close)
-        if calls:
-            await self._life.enter_async_context(self._caller(made.block_size))
+        await self._duties.begin()
         return made
 
     async def keep(self) -> str:
-        """Follow each engine that dies with another, until that is given up: the reason."""
+        """Follow each engine that dies with another, until that is given up: the reason. Take the roles that the
+        service is told of."""
         while True:
             await self._changed.wait()
             self._changed.clear()
+            if self.service.role != self._role and self.service.healthy:
+                await self._take_role(self.service.role)
             if self.service.failure is not None and (reason := await self._follow(self.service.failure)) is not None:
                 return reason
+
+    async def _take_role(self, role: Role) -> None:
+        """Or keep the one it has, where that fails. With Redis away routers hear of it later."""
+        lease, duties, pause_s = self._lease, self._duties, 0.1
+        if lease is None:
+            return
+        try:
+            await duties.take(role)
+        except EngineError as error:
+            self.service.role = self._role
+            self._say(f"stays a worker of the role {self._role}: {error}")
+            return
+        self._role = role
+        self._show_transfer()
+        while self.service.healthy and self.service.role == role:
+            try:
+                await lease.update(await duties.enter(lease.card))
+                await duties.begin()
+            except StoreUnavailable:  # noqa: PERF203 - tried again
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _MOST_PAUSE_S)
+            else:
+                self._say(f"has the role {role} now")
+                return
 
     async def leave(self) -> None:
         """Leave the registry, so that no router sends more."""
@@ -219,24 +235,37 @@ class Instance:
         events = await self._life.enter_async_context(self._publisher(engine))
         self._life.callback(self._count_batches, events)
         self._life.push_async_callback(close)  # it must not outlive the publisher
-        await self._open_transfer(engine)
+        await self._take_duties(engine)
         before = self._batches
         self.metrics.events = lambda: _batches(before, events)
         if self._service is not None:
             self._service.restart(engine, epoch=self._epoch, events=events)
         else:
             self._service = self._first_service(engine, events)
+            self._service.role = self._role
             self._service.start()
         self._restarts.ready(time.monotonic())
 
-    async def _open_transfer(self, engine: Engine) -> None:
-        """Where the role asks for it. Raises `EngineError`."""
-        self._transfer = None
-        if self._config.role == "agg" or not isinstance(engine, MovesBlocks):
-            return
-        name = agent_name(self.id, self._epoch)
-        self._transfer = await asyncio.to_thread(engine.open_transfer, name, self.transfer_metrics)
-        await self._life.enter_async_context(follow_peers(self._registry, self._transfer))
+    async def _take_duties(self, engine: Engine) -> None:
+        """Raises `EngineError`."""
+        self._duties = Duties(
+            self._registry,
+            engine,
+            self.transfer_metrics,
+            instance=self.id,
+            epoch=self._epoch,
+            has_room=self._has_room,
+        )
+        self._life.push_async_callback(self._duties.close)
+        await self._duties.take(self._role)
+        self._show_transfer()
+
+    def _show_transfer(self) -> None:
+        if self._role != "agg" and self.transfer_metrics not in self.metrics.parts:
+            self.metrics.parts.append(self.transfer_metrics)
+
+    def _has_room(self, tokens: int) -> bool:
+        return self.service.healthy and self.service.load().waiting_prefill_tokens < tokens
 
     async def _end_life(self) -> None:
         """It goes on to its end however often the caller is cancelled; `close` waits for it then."""
@@ -253,22 +282,7 @@ class Instance:
                 return
             except StoreUnavailable:  # noqa: PERF203 - tried again
                 await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, 2.0)
-
-    def _caller(self, block_size: int) -> PrefillCaller:
-        service = self.service
-        return PrefillCaller(
-            self._registry.redis,
-            self._registry.keys,
-            model=self._model,
-            block_size=block_size,
-            instance=self.id,
-            has_room=lambda: (
-                not service.draining
-                and service.failure is None
-                and service.load().waiting_prefill_tokens < _ROOM_TOKENS
-            ),
-        )
+                pause_s = min(2 * pause_s, _MOST_PAUSE_S)
 
     def _publisher(self, engine: Engine) -> EventPublisher:
         return EventPublisher(

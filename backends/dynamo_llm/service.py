@@ -24,7 +24,7 @@ from dynamo_llm.engines.base import Engine, EngineRequest, RequestError, StepRes
 from dynamo_llm.metrics import Metrics
 from dynamo_llm.session import Session
 from kvstore import wire
-from kvstore.cards import KvOp
+from kvstore.cards import KvOp, Role
 from kvstore.wire import ControlBatch, ControlReply, ErrorCode, Load, Output, Refused, SnapshotReply, Submit, WireError
 
 _MOST_HANDED_OVER = 4096
@@ -96,8 +96,10 @@ class Service:
         self.failure: str | None = None
         """Why the engine died; None while one lives. Until then everything is answered with `engine_failure`."""
         self.draining = False
+        self.role: Role = "agg"
+        """The one that it is to have. Its owner sets it first, and carries it out when a command has changed it."""
         self.on_change: Callable[[], None] = lambda: None
-        """Called, on any thread, after a drain began or the engine died. Set before `start`."""
+        """Called, on any thread, after a drain began, the engine died or `role` was changed. Set before `start`."""
         self._events = events
         self._clock = clock
         self._lock = threading.Lock()
@@ -259,6 +261,17 @@ class Service:
         if began:
             self.on_change()
 
+    def set_role(self, role: Role) -> None:
+        """Raises `ServiceError` where the engine cannot have it."""
+        info = self.engine.info
+        if role not in info.roles:
+            text = f"the {info.name} engine of this worker, as it was started, cannot have the role {role}"
+            raise ServiceError("invalid_request", f"{text}, only {' and '.join(info.roles)}")
+        with self._lock:
+            self._refuse_if_leaving()
+            self.role = role
+        self.on_change()
+
     def cancel_all(self) -> None:
         with self._lock:
             keys = list(self._inflight)
@@ -302,6 +315,8 @@ class Service:
                     return self._events.snapshot()
                 case wire.Drain():
                     self.drain()
+                case wire.SetRole(role):
+                    self.set_role(role)
                 case wire.Close():
                     if session is not None:
                         self.end_session(session, "closed")

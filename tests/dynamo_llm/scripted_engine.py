@@ -42,6 +42,7 @@ class ScriptedEngine:
             max_context=1024,
             vocab_size=vocab_size,
             eos_token_ids=(0,),
+            roles=("agg", "prefill", "decode"),
         )
         self.cancelled: list[int] = []
         self.submitted: list[EngineRequest] = []

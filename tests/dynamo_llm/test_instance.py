@@ -3,9 +3,11 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from prometheus_client import generate_latest
@@ -14,10 +16,11 @@ from scripted_engine import ScriptedEngine
 
 from dynamo_llm import instance as module
 from dynamo_llm.config import WorkerConfig
-from dynamo_llm.engines.base import Engine
+from dynamo_llm.engines.base import Engine, EngineError
 from dynamo_llm.instance import Instance
 from dynamo_llm.transfer import KvTransfer, Layout, TransferError
 from dynamo_llm.transfer.metrics import TransferMetrics
+from kvstore import wire
 from kvstore.cards import InstanceCard, Role
 from kvstore.keys import Keys
 from kvstore.prefill_queue import PrefillQueue
@@ -50,7 +53,7 @@ class Running:
         self._plan = list(plan)
         config = WorkerConfig(model_path=".", engine="scripted", role=role)
         self.instance = Instance(config, Path(), "demo", create=self._create, say=self.said.append)
-        self.keeper: asyncio.Task[str]
+        self.keeper: asyncio.Task[str] | None = None
 
     async def start(self) -> "Running":
         await self.instance.load()
@@ -94,7 +97,8 @@ async def run(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ca
 
     yield run
     for running in started:
-        await stop(running.keeper)
+        if running.keeper is not None:
+            await stop(running.keeper)
         await running.instance.close()
 
 
@@ -250,6 +254,71 @@ async def test_a_drain_waits_for_readers(run: Callable[..., Any], eventually: Ca
     assert not draining.done()
     engine.transfer.exporter.release("1")
     assert await draining == 0
+
+
+class Roles(Moving):
+    """It can have the roles that a test says, and fails to open a transfer where that says so."""
+
+    def __init__(self, *roles: Role, fails: bool = False) -> None:
+        super().__init__()
+        self.info = msgspec.structs.replace(self.info, roles=roles)
+        self._fails = fails
+
+    def open_transfer(self, name: str, metrics: TransferMetrics) -> KvTransfer:
+        if self._fails:
+            raise EngineError("no nixl here")
+        return super().open_transfer(name, metrics)
+
+
+def ask_role(running: Running, role: Role) -> wire.Reply:
+    payload = wire.encode(wire.ControlBatch("", [wire.SetRole(role)]))
+    (reply,) = wire.decode_reply(running.instance.service.control(payload)).replies
+    return reply
+
+
+async def test_a_role_is_taken_by_command(run: Callable[..., Any], eventually: Callable[..., Any]) -> None:
+    """The card says so when it can be done: with a transfer, once it takes part, and calls for the queue or none. The
+    next engine has the role too."""
+    first, second = Roles("agg", "prefill", "decode"), Roles("agg", "prefill", "decode")
+    running = await run(first, second)
+
+    async def card() -> InstanceCard:
+        return (await running.registry.instances())[0]
+
+    async def has(role: Role) -> bool:
+        return (await card()).role == role
+
+    assert first.transfer is None
+    for role in ("prefill", "decode", "agg", "prefill"):
+        assert ask_role(running, role) == wire.Done()
+        await eventually(partial(has, role))
+        assert (await card()).prefill_queue == (role == "prefill")
+        assert (await card()).nixl is not None
+    before = await card()
+    first.die("it broke")
+    await eventually(lambda: second.transfer is not None)
+
+    async def is_back() -> bool:
+        cards = await running.registry.instances()
+        return bool(cards) and cards[0].epoch > before.epoch
+
+    await eventually(is_back)
+    assert (await card()).role == "prefill"
+    assert "has the role decode now" in running.said
+
+
+async def test_a_role_that_an_engine_cannot_have(run: Callable[..., Any], eventually: Callable[..., Any]) -> None:
+    """It is refused at once, or given up where trying shows it; at the start it is the reason not to."""
+    running = await run(Roles("agg", "decode", fails=True))
+    reply = ask_role(running, "prefill")
+    assert isinstance(reply, wire.Refused)
+    assert reply.error.message.endswith("cannot have the role prefill, only agg and decode")
+    assert ask_role(running, "decode") == wire.Done()
+    await eventually(lambda: "stays a worker of the role agg: no nixl here" in running.said)
+    (card,) = await running.registry.instances()
+    assert card.role == "agg"
+    with pytest.raises(EngineError, match="has the role agg, not prefill"):
+        await run(Roles("agg"), role="prefill")
 
 
 class Loaded(Slow):

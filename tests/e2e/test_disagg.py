@@ -2,9 +2,11 @@
 
 import asyncio
 import random
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ PROMPTS = 500
 LONGEST = 1900
 TOKENS = 24
 AT_ONCE = 32
+PATIENCE_S = 240.0
+"""For one answer, behind all others on a machine that is busy with something else."""
 ROLES = ("--prefill", "2", "--decode", "2")
 
 
@@ -48,7 +52,8 @@ def prompts() -> list[list[int]]:
 async def answers(base: str, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy ones, so many requests at once."""
     turn = asyncio.Semaphore(AT_ONCE)
-    async with triton.InferenceServerClient(base.removeprefix("http://"), conn_limit=AT_ONCE) as client:
+    address = base.removeprefix("http://")
+    async with triton.InferenceServerClient(address, conn_limit=AT_ONCE, conn_timeout=PATIENCE_S) as client:
 
         async def ask(prompt: list[int]) -> list[int]:
             ids = triton.InferInput("input_ids", [len(prompt)], "INT32")
@@ -87,5 +92,37 @@ def test_the_same_tokens(
         assert asyncio.run(answers(cluster.base, prompts)) == expected
         assert remote_prefills(cluster.base) > PROMPTS / 5
         cluster.wait(lambda status: not any(instance["kv_blocks_used"] for instance in status["instances"]), 60.0)
+    finally:
+        cluster.stop()
+
+
+def change_role(cluster: Any, instance: str, role: str) -> None:
+    """As an operator does."""
+    (redis,) = (line.split()[-1] for line in cluster.log if ", with Redis at " in line)
+    command = [sys.executable, "-m", "dynamo_llm", "role", instance[:12], role, "--redis", redis]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{instance} of demo has the role {role}\n", done.stderr
+
+
+@pytest.mark.timeout(400)
+def test_roles_change_while_requests_flow(
+    start_cluster: Callable[..., Any], prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """Each worker has each role in turn, one of them came as an aggregated one; there is always one that generates."""
+    cluster = start_cluster("--mode", "agg-router", "--workers", "3")
+    try:
+        instances = [instance["instance"] for instance in cluster.instances()]
+        with ThreadPoolExecutor(1) as side:
+            asked = side.submit(asyncio.run, answers(cluster.base, prompts[:200]))
+            turns = 0
+            while not asked.done() or turns < 3:
+                roles = ("prefill", "decode", "agg")
+                for number, instance in enumerate(instances):
+                    change_role(cluster, instance, roles[(turns + number) % 3])
+                turns += 1
+            assert asked.result() == expected[:200]
+        assert remote_prefills(cluster.base) > 10
+        cluster.wait(lambda status: not any(instance["kv_blocks_used"] for instance in status["instances"]), 60.0)
+        cluster.wait(lambda status: {i["role"] for i in status["instances"]} == {"prefill", "decode", "agg"})
     finally:
         cluster.stop()

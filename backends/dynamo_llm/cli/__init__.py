@@ -18,9 +18,9 @@ from dynamo_llm.cli.errors import CommandError
 ENTRY_POINTS = "dynamo_llm.commands"
 _OWN = {
     name: EntryPoint(name, f"dynamo_llm.cli.{name}:{name}", ENTRY_POINTS)
-    for name in ("up", "worker", "tritonserver", "status")
+    for name in ("up", "worker", "tritonserver", "status", "role")
 }
-_ORDER = ("up", "worker", "tritonserver", "router", "status")
+_ORDER = ("up", "worker", "tritonserver", "router", "status", "role")
 
 EPILOG = """[bold]A cluster on this machine[/bold]
 

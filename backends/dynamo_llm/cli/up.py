@@ -233,7 +233,7 @@ async def _supervise(plan: Plan, supervisor: Supervisor, signals: _Signals, prog
     if await _unless_stopped(_until_served(router, workers, plan.start_timeout_s), signals, supervisor):
         url = router.ready_line.split()[1]
         progress.quiet()
-        progress.say(f"[green]serving {plan.model_name}[/] at {url}")
+        progress.say(f"[green]serving {plan.model_name}[/] at {url}, with Redis at {plan.redis_url}")
         print(f"ready {url}", flush=True)
         await _unless_stopped(asyncio.Event().wait(), signals, supervisor)
         progress.say("[yellow]draining[/]: requests in flight finish; a second signal stops at once")

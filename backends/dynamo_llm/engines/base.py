@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from msgspec import Struct
 
-from kvstore.cards import KvOp
+from kvstore.cards import KvOp, Role
 from kvstore.wire import ErrorCode, Load, Output, SamplingParams, WireError
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     max_context: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    roles: tuple[Role, ...] = ("agg",)
+    """Those that its worker can have: whether it computes prompts for others, and takes theirs."""
 
 
 class EngineRequest(Struct, frozen=True, kw_only=True):
@@ -107,7 +109,7 @@ class MovesBlocks(Protocol):
     """An engine whose KV blocks can be read by others, and that can read theirs."""
 
     def open_transfer(self, name: str, metrics: "TransferMetrics") -> "KvTransfer":
-        """Let blocks come and go from now on, as the agent `name`; before `start`. Closed with the engine.
+        """Let blocks come and go from now on, as the agent `name`. To be called once; closed with the engine.
 
         Raises `EngineError`.
         """

@@ -19,7 +19,7 @@ import msgspec
 
 from dynamo_llm.channel import Channel, ChannelError
 from dynamo_llm.engines import create_engine
-from dynamo_llm.engines.base import Engine, EngineError, RequestError, StepResult
+from dynamo_llm.engines.base import Engine, EngineError, EngineInfo, MovesBlocks, RequestError, StepResult
 from dynamo_llm.engines.isolated import messages
 from dynamo_llm.engines.isolated.messages import (
     Cancel,
@@ -40,6 +40,11 @@ _PR_SET_PDEATHSIG = 1
 logger = logging.getLogger(__name__)
 
 
+def _info(engine: Engine) -> EngineInfo:
+    """As the worker is told: what it would have to open here, no order asks for."""
+    return msgspec.structs.replace(engine.info, roles=("agg",)) if isinstance(engine, MovesBlocks) else engine.info
+
+
 class _Child:
     """A made engine and the channel to its worker."""
 
@@ -50,7 +55,7 @@ class _Child:
 
     def serve(self) -> bool:
         """Carry out orders. False when the worker went away without a `Close`."""
-        self._send(Ready(self._engine.info, self._engine.load()))
+        self._send(Ready(_info(self._engine), self._engine.load()))
         self._engine.start(self._on_step, self._on_death)
         while (order := self._channel.receive(messages.decode_order)) is not None:
             match order:

@@ -27,12 +27,15 @@ from dynamo_llm.engines.sglang_engine import signals
 from dynamo_llm.engines.sglang_engine.options import parse_options
 from dynamo_llm.engines.sglang_engine.outputs import Chunks
 from dynamo_llm.engines.sglang_engine.sampling import arguments, bootstrap
+from kvstore.cards import Role
 
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.1
 """How often SGLang's load is read (from shared memory) and its processes are looked at."""
 _KILL_TIMEOUT_S = 10.0
+_ROLES: dict[str, tuple[Role, ...]] = {"prefill": ("prefill",), "decode": ("decode",)}
+"""By `disaggregation_mode`, which SGLang is started with for good."""
 
 
 class SglangEngine(AsyncEngine):
@@ -83,6 +86,7 @@ class SglangEngine(AsyncEngine):
             max_context=min(int(config.context_len), capacity_tokens),
             vocab_size=int(config.vocab_size),
             eos_token_ids=tuple(sorted(config.hf_eos_token_id or ())),
+            roles=_ROLES.get(str(self._resolved["disaggregation_mode"]), ("agg",)),
         )
 
     def _follow_events(self, undo: contextlib.ExitStack) -> None:

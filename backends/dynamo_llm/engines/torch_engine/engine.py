@@ -43,6 +43,7 @@ class TorchEngine(SteppingEngine[Sequence]):
             max_context=runner.max_context,
             vocab_size=runner.model_config.vocab_size,
             eos_token_ids=runner.model_config.eos_token_ids,
+            roles=("agg", "prefill", "decode"),
         )
         blocks = BlockManager(
             runner.kv_blocks,

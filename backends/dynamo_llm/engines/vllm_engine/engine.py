@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 from vllm import __version__ as VLLM_VERSION
-from vllm.config import KVEventsConfig
+from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.lora.request import LoRARequest
@@ -35,6 +35,7 @@ from dynamo_llm.engines.vllm_engine.figures import Figures
 from dynamo_llm.engines.vllm_engine.options import parse_options
 from dynamo_llm.engines.vllm_engine.outputs import to_delta
 from dynamo_llm.engines.vllm_engine.sampling import prompt_ids, to_vllm
+from kvstore.cards import Role
 from kvstore.wire import Load
 
 _LIVENESS_S = 0.25
@@ -264,7 +265,16 @@ def _info(llm: AsyncLLM, model: str) -> EngineInfo:
         max_context=config.max_model_len,
         vocab_size=config.get_vocab_size(),
         eos_token_ids=tuple(dict.fromkeys([*([] if primary is None else [primary]), *eos])),
+        roles=_roles(llm.vllm_config.kv_transfer_config),
     )
+
+
+def _roles(transfer: KVTransferConfig | None) -> tuple[Role, ...]:
+    """A connector that does not do both is said so by `kv_role`."""
+    if transfer is None or transfer.kv_connector is None:
+        return ("agg",)
+    roles: dict[str, tuple[Role, ...]] = {"kv_producer": ("agg", "prefill"), "kv_consumer": ("agg", "decode")}
+    return roles.get(str(transfer.kv_role), ("agg", "prefill", "decode"))
 
 
 def _refusal(error: Exception) -> RequestError:
