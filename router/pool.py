@@ -205,24 +205,8 @@ class Pool:
         """From the listing of an instance until it is gone and its last request has ended."""
         card = instance.card
         try:
-            if not await self._open_model(instance):
-                return
-            reading = await self._indexes.open(_key(card))
-            if reading is not None:
-                reading.add_done_callback(lambda _: self._pulse())
-            timeouts_s = (self._config.connect_timeout_s, self._config.control_timeout_s)
-            async with WorkerConnection(instance.card, self._session, *timeouts_s, self._pulse) as connection:
-                instance.connection = connection
-                by_id = self._connections.setdefault(card.model, {})
-                by_id[card.instance] = connection
-                try:
-                    while instance.listed:
-                        instance.unlisted.clear()
-                        await instance.unlisted.wait()
-                        await connection.wait_idle()
-                finally:
-                    if by_id.get(card.instance) is connection:
-                        del by_id[card.instance]
+            while await self._open_model(instance):
+                await self._connect(instance)  # again where it came back while its connection was being closed
         finally:
             if self._instances.get(card.instance) is instance:
                 del self._instances[card.instance]
@@ -230,6 +214,27 @@ class Pool:
             if all(other.card.model_files != card.model_files for other in self._instances.values()):
                 self._loader.forget(card.model_files)
             self._expire_later(_key(card))
+
+    async def _connect(self, instance: _Instance) -> None:
+        """A connection to it until it has left the registry and its last request has ended."""
+        card = instance.card
+        reading = await self._indexes.open(_key(card))
+        if reading is not None:
+            reading.add_done_callback(lambda _: self._pulse())
+        timeouts_s = (self._config.connect_timeout_s, self._config.control_timeout_s)
+        async with WorkerConnection(instance.card, self._session, *timeouts_s, self._pulse) as connection:
+            instance.connection = connection
+            by_id = self._connections.setdefault(card.model, {})
+            by_id[card.instance] = connection
+            try:
+                while instance.listed:
+                    instance.unlisted.clear()
+                    await instance.unlisted.wait()
+                    await connection.wait_idle()
+            finally:
+                instance.connection = None
+                if by_id.get(card.instance) is connection:
+                    del by_id[card.instance]
 
     def _expire_later(self, key: Key) -> None:
         """An instance has gone. Unless another one comes in time, its model and index are given up."""

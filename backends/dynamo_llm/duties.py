@@ -36,7 +36,7 @@ class Duties:
         epoch: int,
         has_room: Callable[[int], bool],
     ) -> None:
-        """`has_room(tokens)`: it serves, and has fewer prompt tokens than that to compute."""
+        """`has_room(tokens)`: it serves some router, and has fewer prompt tokens than that to compute."""
         self.role: Role = "agg"
         self._registry, self._engine, self._metrics = registry, engine, metrics
         self._instance, self._epoch = instance, epoch

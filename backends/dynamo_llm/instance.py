@@ -265,7 +265,10 @@ class Instance:
             self.metrics.parts.append(self.transfer_metrics)
 
     def _has_room(self, tokens: int) -> bool:
-        return self.service.healthy and self.service.load().waiting_prefill_tokens < tokens
+        service = self.service
+        if not (service.healthy and service.sessions):  # without a session nobody could send what was called for
+            return False
+        return service.load().waiting_prefill_tokens < tokens
 
     async def _end_life(self) -> None:
         """It goes on to its end however often the caller is cancelled; `close` waits for it then."""

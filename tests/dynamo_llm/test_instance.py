@@ -333,19 +333,26 @@ class Loaded(Slow):
 async def test_a_prefill_worker_calls_when_it_has_room(
     run: Callable[..., Any], redis: Redis, eventually: Callable[..., Any]
 ) -> None:
-    """Its card says that it does; it claims from the queue once it has little to compute."""
+    """Its card says that it does; it claims from the queue once a router can send it something, and it has little to
+    compute."""
     engine = Loaded()
-    engine.tokens = 5000
     running = await run(engine, role="prefill")
     (card,) = await running.registry.instances()
     assert card.prefill_queue
     queue = PrefillQueue(redis, Keys("instance"), model="demo", block_size=16, router="r1", poll_s=0.02)
     async with queue:
         first = await queue.draw(10, 60.0)
-        await eventually(lambda: queue.depth == 1)
+        await asyncio.sleep(0.2)  # nothing shows that it did not call
         assert not first.called.done()
-        engine.tokens = 0
+        session = running.instance.service.open_session("r1")
         assert await first.called == running.instance.id
+        engine.tokens = 5000
+        second = await queue.draw(10, 60.0)
+        await eventually(lambda: queue.depth == 1)
+        assert not second.called.done()
+        engine.tokens = 0
+        assert await second.called == running.instance.id
+    running.instance.service.end_session(session, "closed")
 
 
 async def test_other_workers_do_not_call(run: Callable[..., Any], redis: Redis) -> None:

@@ -60,6 +60,22 @@ async def test_an_instance_that_returns_late(cluster, eventually) -> None:
         await task
 
 
+async def test_an_instance_that_returns_while_it_is_let_go(cluster, eventually) -> None:
+    """One that stood still for longer than its lease comes back while its connection is being closed."""
+    worker = await cluster.worker(says("ok"))
+    router = await cluster.router()
+    card, listed = router.models.get("demo").cards[0], router.pool._instances
+    worker.hold_control = asyncio.Event()
+    await worker.lease.close()
+    await eventually(lambda: not router.pool.connections())
+    assert not listed[worker.instance].listed
+    async with await cluster.registry.register(card):
+        await eventually(lambda: listed[worker.instance].listed)
+        worker.hold_control.set()
+        await cluster.connected(router, 1)
+        assert (await router.generation.generate(request())).text == "ok"
+
+
 async def test_a_model_without_instances_is_given_up(cluster, eventually, monkeypatch) -> None:
     """Some time after its last instance the model is forgotten and its index closed; a new instance opens both."""
     monkeypatch.setattr("router.pool.LINGER_S", 0.05)
