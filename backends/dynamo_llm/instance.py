@@ -153,14 +153,15 @@ class Instance:
             await self._lease.close()
 
     async def drain(self, timeout_s: float, hurry: Callable[[], bool] = lambda: False) -> int:
-        """Leave the registry, take nothing new, let what is in flight end, then the sessions.
+        """Leave the registry, take nothing new, let what is in flight end and readers have their blocks, then the
+        sessions.
 
         Returns how many requests were cancelled because they outlasted `timeout_s`. `hurry` true: nobody is there to
         read any more.
         """
         await self.leave()
         self.service.drain()
-        await until(lambda: not self.service.in_flight or hurry(), timeout_s)
+        await until(lambda: not (self.service.in_flight or self.transfer_metrics.pinned()[0]) or hurry(), timeout_s)
         cancelled = 0 if hurry() else self.service.in_flight
         if cancelled:
             self.service.cancel_all()

@@ -27,6 +27,9 @@ from kvstore import wire
 from kvstore.cards import KvOp
 from kvstore.wire import ControlBatch, ControlReply, ErrorCode, Load, Output, Refused, SnapshotReply, Submit, WireError
 
+_MOST_HANDED_OVER = 4096
+"""Per session. Nobody says which of them have been fetched, so the oldest give way: their blocks have a lease."""
+
 
 class ServiceError(Exception):
     """A call that is not carried out. `code` is one of the wire's; the message is one line for the caller."""
@@ -180,12 +183,14 @@ class Service:
         return session
 
     def end_session(self, session: Session, reason: str) -> None:
-        """Cancel what the session has in flight and let its reader finish. May be called twice."""
+        """Cancel what the session has in flight, or has left for a reader, and let its reader finish. May be called
+        twice."""
         with self._lock:
             if self._sessions.get(session.name) is session:
                 del self._sessions[session.name]
             self._local.discard(session)
-            keys = list(session.keys.values())
+            keys = [*session.keys.values(), *session.handed_over.values()]
+            session.handed_over.clear()
         session.end(reason)
         for key in keys:
             self.engine.cancel(key)
@@ -215,9 +220,10 @@ class Service:
             engine.cancel(request.key)
 
     def cancel(self, session: Session, rid: int) -> None:
-        """End a request within a step. Unknown rids are ignored."""
+        """End a request within a step; of one that has handed over, nobody will fetch the blocks. Unknown rids are
+        ignored."""
         with self._lock:
-            key = session.keys.get(rid)
+            key = session.keys.get(rid) or session.handed_over.pop(rid, None)
         if key is not None:
             self.engine.cancel(key)
 
@@ -367,6 +373,8 @@ class Service:
                 entry = self._finish(output.rid) if final else self._inflight.get(output.rid)
                 if entry is not None:
                     self.metrics.output(output, entry, now_s)
+                    if final and output.kv_transfer_params is not None:
+                        _keep(entry.session.handed_over, entry.rid, output.rid)
                     output.rid = entry.rid
                     by_session.setdefault(entry.session, []).append(output)
             self.metrics.stepped(step)
@@ -388,6 +396,12 @@ class Service:
         self.end_sessions("engine_failure")
         self._handing_over = False
         self.on_change()
+
+
+def _keep(handed_over: dict[int, int], rid: int, key: int) -> None:
+    handed_over[rid] = key
+    if len(handed_over) > _MOST_HANDED_OVER:
+        del handed_over[next(iter(handed_over))]
 
 
 def _refused(code: ErrorCode, message: str) -> Refused:

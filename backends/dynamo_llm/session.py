@@ -29,6 +29,8 @@ class Session:
         self.name = name
         self.keys: dict[int, int] = {}
         """rid -> the service's key, of requests in flight. Guarded by the service's lock."""
+        self.handed_over: dict[int, int] = {}
+        """The same, of requests that ended with KV blocks for a reader, oldest first. Guarded likewise."""
         self._loop = asyncio.get_running_loop()
         self._clock = clock
         self._timeout_s = timeout_s

@@ -8,6 +8,7 @@ the token and -2, -3, … for the likeliest ones behind it.
 import threading
 from array import array
 from collections.abc import Callable
+from typing import Any
 
 from dynamo_llm.engines.base import EngineInfo, EngineRequest, RequestError, StepResult
 from kvstore.cards import KvOp, Stored
@@ -47,6 +48,8 @@ class ScriptedEngine:
         self.takes = takes
         """Names of `sampling.extra` that it does not refuse."""
         self.refuse: Exception | None = None
+        self.hands_over: dict[str, Any] | None = None
+        """`kv_transfer_params` of outputs that end a request."""
         self.steps = 0
         self._step_s = step_s
         self._lock = threading.Lock()
@@ -115,7 +118,9 @@ class ScriptedEngine:
         most = running.request.sampling.logprobs
         top = [(token + rank, -1.0 - rank) for rank in range(most or 0)]
         logprobs = None if most is None else [TokenLogprob(token, -1.0, top)]
-        return Output(key, [token], "length" if not running.left else None, logprobs, started)
+        if running.left:
+            return Output(key, [token], None, logprobs, started)
+        return Output(key, [token], "length", logprobs, started, self.hands_over)
 
     def _loop(self) -> None:
         while not self._stop.wait(self._step_s):

@@ -234,6 +234,24 @@ async def test_prefill_and_decode_find_each_other(redis: Redis, eventually: Call
         await each.instance.close()
 
 
+async def test_a_drain_waits_for_readers(run: Callable[..., Any], eventually: Callable[..., Any]) -> None:
+    """It has left the registry by then; its blocks go when they have been read, or their lease is over."""
+    engine = Moving()
+    running = await run(engine, role="prefill")
+    assert engine.transfer is not None
+    engine.transfer.exporter.pin("1", [0], 60)
+    draining = asyncio.create_task(running.instance.drain(30))
+
+    async def has_left() -> bool:
+        return await running.registry.instances() == []
+
+    await eventually(has_left)
+    await asyncio.sleep(0.05)
+    assert not draining.done()
+    engine.transfer.exporter.release("1")
+    assert await draining == 0
+
+
 class Loaded(Slow):
     """Says what it has to do as a test tells it to."""
 

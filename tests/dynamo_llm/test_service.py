@@ -200,6 +200,46 @@ async def test_a_cancelled_request_ends_within_a_step() -> None:
     assert rig.service.in_flight == 1
 
 
+async def test_a_prefill_that_has_ended_can_be_cancelled_once() -> None:
+    """The engine hears that nobody will fetch its blocks; a rid that handed nothing over means nothing."""
+    rig = Rig()
+    await rig.open()
+    rig.engine.hands_over = {"do_remote_prefill": True}
+    rig.control(submit(1, max_tokens=1), submit(2, max_tokens=1))
+    rig.engine.step()
+    rig.engine.hands_over = None
+    rig.control(submit(3, max_tokens=1))
+    rig.engine.step()
+    assert rig.service.in_flight == 0
+    rig.control(Cancel(2), Cancel(2), Cancel(3))
+    assert rig.engine.cancelled == [rig.engine.submitted[1].key]
+
+
+async def test_a_router_that_goes_away_leaves_no_blocks_for_readers() -> None:
+    """Nobody can ask for what its prefills have handed over; each is told to the engine once."""
+    rig = Rig()
+    await rig.open()
+    rig.engine.hands_over = {"do_remote_prefill": True}
+    rig.control(submit(1, max_tokens=1), submit(2, max_tokens=2))
+    rig.engine.step()
+    rig.control(Close())
+    rig.control(Close())
+    assert sorted(rig.engine.cancelled) == [request.key for request in rig.engine.submitted]
+
+
+async def test_what_was_handed_over_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest are forgotten: their blocks have a lease."""
+    monkeypatch.setattr("dynamo_llm.service._MOST_HANDED_OVER", 2)
+    rig = Rig()
+    await rig.open()
+    rig.engine.hands_over = {"do_remote_prefill": True}
+    for rid in (1, 2, 3):
+        rig.control(submit(rid, max_tokens=1))
+        rig.engine.step()
+    rig.control(Cancel(1), Cancel(2), Cancel(3))
+    assert rig.engine.cancelled == [request.key for request in rig.engine.submitted[1:]]
+
+
 async def test_outputs_after_the_final_one_are_dropped() -> None:
     """An engine that says too much cannot give a request two ends."""
     rig = Rig()

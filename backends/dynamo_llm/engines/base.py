@@ -89,7 +89,11 @@ class Engine(Protocol):
         """Queue a request. Raises `RequestError` at once for what can never be served."""
 
     def cancel(self, key: int) -> None:
-        """End a request within a step: last output `cancelled`, blocks freed. Unknown keys are ignored."""
+        """End a request within a step: last output `cancelled`, blocks freed.
+
+        Of one that has ended with `kv_transfer_params`, nobody will fetch the blocks: they are let go of, where the
+        engine can do that. Other keys are ignored.
+        """
 
     def load(self) -> Load:
         """The load after the last step, with what was queued since."""

@@ -16,6 +16,9 @@ from kvstore.watch import Added, Change, Changed, Removed
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_GRACE_S = 10.0
+"""A worker leaves the registry first of all and then ends what it has under way, so it is still to be read, or reads,
+for so long. One that has died is noticed by its broken connection."""
 
 
 async def publish(registry: Registry, transfer: KvTransfer) -> str:
@@ -35,33 +38,44 @@ async def follow_peers(registry: Registry, transfer: KvTransfer) -> AsyncIterato
 
 
 class _Followed:
-    """The tasks that fetch metadata, by agent."""
+    """The tasks that fetch metadata, by agent, and who is about to be forgotten, by instance."""
 
     def __init__(self, registry: Registry, transfer: KvTransfer) -> None:
         self._registry, self._transfer = registry, transfer
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._leaving: dict[str, tuple[InstanceCard, asyncio.TimerHandle]] = {}
 
     def on_change(self, change: Change) -> None:
-        if isinstance(change, Changed) and _peer(change.before) == _peer(change.card):
-            return
         if isinstance(change, Removed):
-            self._remove(change.card)
-        elif isinstance(change, Changed):
+            timer = asyncio.get_running_loop().call_later(_GRACE_S, self._remove, change.card)
+            self._leaving[change.card.instance] = change.card, timer
+        elif isinstance(change, Added):
+            self._add(change.card)
+        elif isinstance(change, Changed) and _peer(change.before) != _peer(change.card):
             self._remove(change.before)
-        if isinstance(change, Added | Changed):
             self._add(change.card)
 
     async def close(self) -> None:
+        for _, timer in self._leaving.values():
+            timer.cancel()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def _add(self, card: InstanceCard) -> None:
+        before, timer = self._leaving.get(card.instance, (card, None))
+        if timer is not None and _peer(before) == _peer(card):  # it is back
+            timer.cancel()
+            del self._leaving[card.instance]
+            return
+        self._remove(before)
         name, blob = _peer(card)
         if blob and name != self._transfer.name:
             self._tasks[name] = asyncio.create_task(self._fetch(name, blob))
 
     def _remove(self, card: InstanceCard) -> None:
+        if (leaving := self._leaving.pop(card.instance, None)) is not None:
+            leaving[1].cancel()
         name, _ = _peer(card)
         if (task := self._tasks.pop(name, None)) is not None:
             task.cancel()

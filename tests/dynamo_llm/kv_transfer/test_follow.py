@@ -39,9 +39,13 @@ def knows(pool: Pool, name: str) -> bool:
 
 
 async def test_peers_come_and_go_with_their_leases(
-    redis: Redis, make_pool: Callable[..., Pool], eventually: Callable[..., Awaitable[None]]
+    redis: Redis,
+    make_pool: Callable[..., Pool],
+    eventually: Callable[..., Awaitable[None]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A card's blob makes its instance readable, its end makes it unreadable; a new epoch is another peer."""
+    monkeypatch.setattr("dynamo_llm.transfer.follow._GRACE_S", 0.05)
     reader, writer = make_pool(name="r-1"), make_pool(name="w-1")
     registry = Registry(redis)
     name = await publish(registry, writer.transfer)
@@ -58,6 +62,27 @@ async def test_peers_come_and_go_with_their_leases(
         async with await registry.register(make_card("w", 2, await publish(registry, again.transfer))):
             await eventually(lambda: knows(reader, "w-2"))
             assert not knows(reader, "w-1")
+
+
+async def test_who_leaves_in_good_order_can_still_be_read(
+    redis: Redis, make_pool: Callable[..., Pool], eventually: Callable[..., Awaitable[None]]
+) -> None:
+    """It ends what it has under way after it left the registry; and who comes back is no stranger."""
+    reader, writer = make_pool(name="r-1"), make_pool(name="w-1")
+    registry = Registry(redis)
+    card = make_card("w", 1, await publish(registry, writer.transfer))
+    seen: list[object] = []
+    async with registry.watch(seen.append), follow_peers(registry, reader.transfer):
+        lease = await registry.register(card)
+        await eventually(lambda: knows(reader, "w-1"))
+        await lease.close()
+        await eventually(lambda: len(seen) == 2)
+        writer.fill(1)
+        _, heard = reader.pull(writer.transfer.exporter.pin("a", [2], 60), [3])
+        assert heard.reason() is None
+        async with await registry.register(card):
+            await eventually(lambda: len(seen) == 3)
+            assert knows(reader, "w-1")
 
 
 async def test_bad_blobs_are_skipped_and_late_ones_awaited(

@@ -23,12 +23,16 @@ class Side:
         self.driver = driver
         self.transfer: KvTransfer = driver.engine.open_transfer(name)
 
-    def submit(self, prompt: list[int], params: dict[str, Any], max_tokens: int = 8, **more: Any) -> int:
+    def submit(
+        self, prompt: list[int], params: dict[str, Any], max_tokens: int = 8, *, generated: int = 0, **more: Any
+    ) -> int:
         key = len(self.driver.outputs) + 1
         sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens, **more)
         token_ids = np.array(prompt, dtype="<u4").tobytes()
         self.driver.engine.submit(
-            EngineRequest(key=key, token_ids=token_ids, sampling=sampling, kv_transfer_params=params)
+            EngineRequest(
+                key=key, token_ids=token_ids, sampling=sampling, generated=generated, kv_transfer_params=params
+            )
         )
         self.driver.outputs[key] = []
         return key
@@ -254,6 +258,46 @@ def test_a_cancel_before_the_pull_tells_the_writer(sides: tuple[Side, Side]) -> 
     decode.driver.step()
     assert decode.driver.finish(key) == "cancelled"
     prefill.until(lambda: prefill.used == 0)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_cancel_of_a_prefill_gives_its_blocks_back(sides: tuple[Side, Side], when: str) -> None:
+    """Also of one that has ended and waits for a reader, whoever is first of the cancel and its last step."""
+    prefill, _ = sides
+    key = prefill.submit(list(range(5, 45)), EXPORT)
+    if when == "after":
+        prefill.finish(key)
+        assert prefill.used == 3
+    prefill.driver.engine.cancel(key)
+    prefill.driver.step()
+    prefill.until(lambda: prefill.used == 0)
+    assert prefill.driver.finish(key) == ("length" if when == "after" else "cancelled")
+    assert prefill.transfer.metrics.expired == 0
+
+
+def test_a_prefill_that_is_the_whole_answer_hands_nothing_over(sides: tuple[Side, Side], reference: Any) -> None:
+    """A stop token came first: nobody will want the blocks."""
+    prefill, _ = sides
+    prompt = list(range(5, 45))
+    key = prefill.submit(prompt, EXPORT, stop_token_ids=reference.greedy(prompt, 1))
+    output = prefill.finish(key)
+    assert (output.finish_reason, output.kv_transfer_params) == ("stop", None)
+    prefill.until(lambda: prefill.used == 0)
+
+
+def test_the_first_token_counts(sides: tuple[Side, Side], reference: Any) -> None:
+    """The prefill stands by its token: decode goes on behind it, and tells what its pull took."""
+    prefill, decode = sides
+    prompt = list(range(5, 45))
+    first = prefill.finish(prefill.submit(prompt, EXPORT))
+    params = first.kv_transfer_params or {}
+    assert params["first_token_counts"] is True
+    key = decode.submit([*prompt, *first.token_ids], params, generated=1)
+    decode.finish(key)
+    assert first.token_ids + decode.driver.tokens(key) == reference.greedy(prompt, 8)
+    told = decode.driver.outputs[key][0].kv_transfer_params
+    assert told["transferred_tokens"] == 40
+    assert told["transfer_ms"] > 0
 
 
 def test_a_preempted_pull_computes(make: Make, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,11 @@ class TorchEngine(SteppingEngine[Sequence]):
             self._handover.leave(sequence)
         self._scheduler.remove(sequence)
 
+    def cancel(self, key: int) -> None:
+        super().cancel(key)
+        if (handover := self._handover) is not None:
+            self.post(lambda: handover.unpin(key))
+
     def take_ops(self) -> list[KvOp]:
         return self._scheduler.blocks.take_ops()
 
@@ -159,12 +164,15 @@ class TorchEngine(SteppingEngine[Sequence]):
             queue_s = (sequence.first_step_s or sequence.submitted_s) - sequence.submitted_s
             output.started = Started(sequence.cached_tokens, queue_s * 1e3, sequence.prompt_logprobs)
             sequence.started, sequence.prompt_logprobs = True, None
+            if sequence.pulled_tokens:
+                told = {"transfer_ms": sequence.pull_s * 1e3, "transferred_tokens": sequence.pulled_tokens}
+                output.kv_transfer_params = told
         if token in sequence.stop_ids:
             output.finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.max_tokens:
             output.finish_reason = "length"
         if output.finish_reason:
-            if sequence.exports and self._handover is not None:
+            if sequence.exports and self._handover is not None and output.finish_reason == "length":
                 output.kv_transfer_params = self._handover.pin(sequence)
             self.leave(self._sequences.pop(sequence.key))
         return output

@@ -9,6 +9,7 @@ Blocks that NIXL may read or write are *held*: nobody's release makes them free 
 """
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -41,12 +42,16 @@ class Handover:
         """Keep its prompt's blocks for a reader; the parameters by which it finds them. None: it must do without."""
         blocks = sequence.blocks[: -(-sequence.computed // self._scheduler.blocks.block_size)]
         try:
-            params = self.transfer.exporter.pin(f"{sequence.key}-{sequence.order}", blocks, self._lease_s)
+            params = self.transfer.exporter.pin(str(sequence.key), blocks, self._lease_s)
         except TransferError as error:
             logger.warning("the blocks of a prefill are not handed over: %s", error)
             return None
         self._scheduler.blocks.hold(blocks)
-        return params
+        return {**params, "first_token_counts": True}
+
+    def unpin(self, key: int) -> None:
+        """Nobody will read the blocks of that prefill."""
+        self.transfer.exporter.release(str(key))
 
     def begin(self) -> bool:
         """Start to read for the sequences that have just entered the batch. True: one of them can be computed now."""
@@ -79,8 +84,11 @@ class Handover:
             self.leave(sequence)
             return False
 
+        began_s = time.monotonic()
+
         def on_done(error: TransferError | None) -> None:
-            self._post(lambda: self._done(sequence, tokens, error))
+            took_s = time.monotonic() - began_s
+            self._post(lambda: self._done(sequence, tokens, took_s, error))
 
         def on_settled() -> None:
             self._post(lambda: self._scheduler.blocks.drop(wanted))
@@ -102,13 +110,13 @@ class Handover:
         sequence.remote, self._pulling[sequence.key] = None, sequence
         return True
 
-    def _done(self, sequence: Sequence, tokens: int, error: TransferError | None) -> None:
+    def _done(self, sequence: Sequence, tokens: int, took_s: float, error: TransferError | None) -> None:
         if self._pulling.get(sequence.key) is not sequence:
             return  # it has left in the meantime
         del self._pulling[sequence.key]
         sequence.pull = None
         if error is None:
-            sequence.pulled_tokens = tokens - sequence.computed
+            sequence.pulled_tokens, sequence.pull_s = tokens - sequence.computed, took_s
             sequence.computed = tokens
             self._scheduler.blocks.commit(sequence)
             return

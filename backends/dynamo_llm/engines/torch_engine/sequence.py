@@ -27,6 +27,7 @@ class Sequence:
         "prompt_logprobs",
         "prompt_tokens",
         "pull",
+        "pull_s",
         "pulled_tokens",
         "remote",
         "root",
@@ -83,7 +84,8 @@ class Sequence:
         """Tokens whose keys and values lie in its blocks."""
 
         self.pulled_tokens = 0
-        """Prompt tokens that came from another worker."""
+        """Prompt tokens that came from another worker, and how long that took."""
+        self.pull_s = 0.0
         self.cached_tokens = 0
         """Prompt tokens that were reused when it was first admitted."""
         self.first_step_s: float | None = None
