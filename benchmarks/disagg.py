@@ -33,6 +33,26 @@ LOWEST_RATE = 0.5
 RATES = 140
 
 
+class Shape(Struct, frozen=True):
+    """A disaggregated cluster's workers."""
+
+    prefill: int
+    decode: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        found = re.fullmatch(r"([1-9]\d*)P([1-9]\d*)D", text)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is not like 2P6D")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.prefill}P{self.decode}D"
+
+
+SHAPES = [Shape(2, 6), Shape(3, 5), Shape(4, 4), Shape(5, 3)]
+
+
 class Setup(Struct, frozen=True, kw_only=True):
     """One cluster."""
 
@@ -90,13 +110,12 @@ def setups(args: argparse.Namespace) -> list[Setup]:
         for tokens in args.agg_batch_tokens
     ]
     for shape in args.shapes:
-        prefill, decode = shape
         for policy in args.policies:
             disagg = replace(routing.disagg, remote_prefill=policy)
             made.append(
                 Setup(
-                    name=f"{prefill}P{decode}D {policy}",
-                    shape=(("prefill", prefill), ("decode", decode)),
+                    name=f"{shape} {policy}",
+                    shape=(("prefill", shape.prefill), ("decode", shape.decode)),
                     engine=engine,
                     routing=replace(routing, disagg=disagg),
                 )
@@ -106,9 +125,12 @@ def setups(args: argparse.Namespace) -> list[Setup]:
 
 def options(args: argparse.Namespace) -> RoutingOptions:
     link = Link(kv_bytes_per_token=args.kv_bytes_per_token, gb_per_s=args.link_gb_per_s, overhead_ms=args.handover_ms)
-    settings = dict(setting.split("=", 1) for setting in args.set)
+    pairs = [setting.partition("=") for setting in args.set or []]
+    if any(not equals for _, equals, _ in pairs):
+        raise ValueError("--set wants NAME=VALUE")
+    settings = {name: value for name, _, value in pairs}
     disagg = msgspec.convert(settings, DisaggSettings, strict=False)
-    return RoutingOptions(link=link, disagg=disagg, first_token_counts=args.first_token_counts)
+    return RoutingOptions(link=link, disagg=disagg, first_token_counts=not args.drop_first_token)
 
 
 def measure(args: argparse.Namespace, requests: list[TraceRequest]) -> list[dict[str, Any]]:
@@ -185,82 +207,60 @@ def _row(figures: dict[str, Any]) -> str:
     )
 
 
-def _shape(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)P([1-9]\d*)D", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 2P6D")
-    return int(found[1]), int(found[2])
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, link = parser.add_argument, Link()
-    add("--json", action="store_true", help="print the result as JSON instead of tables")
-    add("--workers", type=int, default=8, metavar="N", help="aggregated workers (default: 8)")
-    add(
-        "--shapes",
-        type=_shape,
-        nargs="*",
-        default=[(2, 6), (4, 4), (5, 3)],
-        metavar="xPyD",
-        help="default: 2P6D 4P4D 5P3D",
-    )
-    add("--policies", nargs="*", choices=POLICIES, default=POLICIES, help="of remote_prefill (default: all)")
+    number = {"type": int, "metavar": "N"}
+    ms = {"type": float, "metavar": "MS"}
+
+    def add(flag: str, text: str, **options: Any) -> None:
+        default = options.get("default")
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+        parser.add_argument(flag, help=text if shown is None else f"{text} (default: {shown})", **options)
+
+    link = Link()
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
+    add("--workers", "aggregated workers", default=8, **number)
+    add("--shapes", "disaggregated clusters", type=Shape.parse, nargs="*", metavar="xPyD", default=SHAPES)
+    add("--policies", "values of remote_prefill", nargs="*", choices=POLICIES, default=POLICIES)
     add(
         "--agg-batch-tokens",
-        type=int,
+        "most tokens a step of aggregated workers",
         nargs="*",
-        default=[512, 2048, 8192],
-        metavar="N",
-        help="tokens a step of aggregated workers, one cluster for each (default: 512 2048 8192)",
+        default=[512, 1024, 2048, 8192],
+        **number,
     )
-    add("--rates", type=float, nargs="*", default=[20.0, 40.0], metavar="R", help="requests/s (default: 20 40)")
-    add("--itl-ms", type=float, default=50.0, metavar="MS", help="limit of the p99 of ITL (default: 50)")
-    add("--ttft-ms", type=float, default=2000.0, metavar="MS", help="limit of the p99 of TTFT (default: 2000)")
-    add("--requests", type=int, metavar="N", help="how many (default: 1500; of a trace: all)")
-    add(
-        "--documents",
-        type=float,
-        default=Mix().documents,
-        metavar="SHARE",
-        help="share of long prompts in the mix (default: 0.3)",
-    )
-    add(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help="a trace in the Mooncake format instead of the mix; its arrivals are stretched to the rates",
-    )
-    add("--seed", type=int, default=0)
-    add(
-        "--kv-bytes-per-token",
-        type=int,
-        default=link.kv_bytes_per_token,
-        metavar="N",
-        help="default: 131072, Llama 3.1 8B in BF16",
-    )
-    add(
-        "--link-gb-per-s",
-        type=float,
-        default=link.gb_per_s,
-        metavar="G",
-        help="of each worker's link (default: 25, a NIC of 200 Gbit/s)",
-    )
-    add(
-        "--handover-ms",
-        type=float,
-        default=link.overhead_ms,
-        metavar="MS",
-        help="from a prefill's end to its decode worker (default: 5)",
-    )
-    add("--first-token-counts", action="store_true", help="the prefill worker's token is streamed instead of dropped")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of docs/disaggregation.md")
+    add("--rates", "requests/s", type=float, nargs="*", metavar="R", default=[20.0, 40.0])
+    add("--itl-ms", "limit of the p99 of ITL", default=50.0, **ms)
+    add("--ttft-ms", "limit of the p99 of TTFT", default=2000.0, **ms)
+    add("--requests", "how many; 1500 of the mix, all of a trace where this is left out", **number)
+    add("--documents", "share of long prompts in the mix", type=float, metavar="SHARE", default=Mix().documents)
+    add("--trace", "of requests in the Mooncake format, stretched to the rates, instead of the mix", type=Path)
+    add("--seed", "of the mix and of the router's choice among equals", default=0, **number)
+    add("--kv-bytes-per-token", "of the model; Llama 3.1 8B in BF16", default=link.kv_bytes_per_token, **number)
+    add("--link-gb-per-s", "of each worker; a NIC of 200 Gbit/s", type=float, metavar="G", default=link.gb_per_s)
+    add("--handover-ms", "from a prefill's end to its decode worker", default=link.overhead_ms, **ms)
+    add("--drop-first-token", "the decode worker generates it anew, as with vLLM", action="store_true")
+    add("--set", "a setting of docs/disaggregation.md; again for more", action="append", metavar="NAME=VALUE")
     return parser.parse_args()
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Raises `ValueError`."""
+    counts = (args.workers, *args.rates, *args.agg_batch_tokens, args.kv_bytes_per_token, args.link_gb_per_s)
+    if min(counts) <= 0:
+        raise ValueError("workers, rates, tokens, bytes and GB/s are to be above 0")
+    if min(args.agg_batch_tokens, default=512) < EngineOptions().max_seqs:
+        raise ValueError(f"--agg-batch-tokens is at least {EngineOptions().max_seqs}: so many sequences may decode")
+    if args.requests is not None and args.requests < 2:
+        raise ValueError("at least 2 requests are needed")
+    if not 0 <= args.documents <= 1:
+        raise ValueError("--documents is a share, from 0 to 1")
 
 
 def main() -> int:
     args = arguments()
     try:
+        validate(args)
         if args.trace:
             requests = traced(args.trace, args.requests)
         else:

@@ -51,7 +51,7 @@ class DisaggSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What a remote prefill costs whatever its size: a request, an answer, an agreement."""
     prefill_timeout_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 30.0
     """A prefill worker that has not handed over by then is given up for this request."""
-    busy_prefill_tokens: _NonNegative = 2048
+    busy_prefill_tokens: _NonNegative = 8192
     """A prefill worker with so many prompt tokens to compute is busy. When all are, a request waits in the prefill
     queue for the first one that has room; 0: never."""
     prefill_attempts: _Positive = 2

@@ -39,9 +39,9 @@ ENDING_S = 2.0
 """How long cancelled requests and ending sessions may take."""
 _FIRST_PAUSE_S = 0.25
 _POLL_S = 0.01
-_ROOM_TOKENS = 1024
-"""A prefill worker that has fewer prompt tokens to compute calls for another request: it should not run dry before
-that has come."""
+_ROOM_TOKENS = 8192
+"""A prefill worker that has fewer prompt tokens to compute calls for another request. One large step's worth: with less
+it would compute short prompts one by one, and run dry between two of them (benchmarks/disagg.py)."""
 
 CreateEngine = Callable[[WorkerConfig, Path, str], Engine]
 """Makes the engine of (options, model folder, model name). Raises `EngineError`."""
@@ -263,10 +263,10 @@ class Instance:
             model=self._model,
             block_size=block_size,
             instance=self.id,
-            has_room=lambda: (
-                not service.draining
-                and service.failure is None
-                and service.load().waiting_prefill_tokens < _ROOM_TOKENS
+            room_tokens=lambda: (
+                0
+                if service.draining or service.failure is not None
+                else _ROOM_TOKENS - service.load().waiting_prefill_tokens
             ),
         )
 

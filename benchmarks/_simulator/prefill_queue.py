@@ -14,12 +14,16 @@ from _simulator.cluster import Cluster, Worker
 class QueueTiming(Struct, frozen=True, kw_only=True):
     """Delays of the real queue, and the room that a worker wants to have."""
 
-    room_tokens: int = 1024
-    """A worker with fewer prompt tokens to compute claims a ticket."""
+    room_tokens: int = 8192
+    """A worker claims tickets while it has fewer prompt tokens to compute, with those that are on their way to it."""
     call_ms: float = 2.0
     """From a claim until the request is at the worker."""
+    claim_ms: float = 1.0
+    """Claims of one worker follow each other after this."""
     settle_ms: float = 50.0
-    """After a call, and where there is no room, a worker looks again after this."""
+    """For so long what a worker has called for counts as on its way."""
+    poll_ms: float = 5.0
+    """Where it has no room it looks again after this."""
     block_ms: float = 500.0
     """A worker that waits for a ticket asks itself whether it still has room after this."""
     look_ms: float = 500.0
@@ -37,6 +41,8 @@ class Ticket:
 class _Caller:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
+        self.on_their_way = 0
+        """Tokens that it has called for, for a while."""
         self.waits = 0
         """Counts its waits for a ticket; odd during one."""
 
@@ -81,8 +87,8 @@ class SimulatedPrefillQueue:
         self._later(self._timing.look_ms, self._look)
 
     def _poll(self, caller: _Caller) -> None:
-        if caller.worker.queued_tokens >= self._timing.room_tokens:
-            self._later(self._timing.settle_ms, lambda: self._poll(caller))
+        if caller.worker.queued_tokens + caller.on_their_way >= self._timing.room_tokens:
+            self._later(self._timing.poll_ms, lambda: self._poll(caller))
         elif self._tickets:
             self._claim(caller)
         else:
@@ -98,9 +104,15 @@ class SimulatedPrefillQueue:
             self._poll(caller)
 
     def _claim(self, caller: _Caller) -> None:
-        ticket, timing = self._tickets.popleft(), self._timing
-        self._cluster.at(self._cluster.now_ms + timing.call_ms, lambda: ticket.called(caller.worker))
-        self._later(timing.call_ms + timing.settle_ms, lambda: self._poll(caller))
+        ticket, timing, now_ms = self._tickets.popleft(), self._timing, self._cluster.now_ms
+        caller.on_their_way += ticket.tokens
+
+        def settle() -> None:
+            caller.on_their_way -= ticket.tokens
+
+        self._cluster.at(now_ms + timing.call_ms, lambda: ticket.called(caller.worker))
+        self._cluster.at(now_ms + timing.settle_ms, settle)
+        self._later(timing.claim_ms, lambda: self._poll(caller))
 
     def _later(self, delay_ms: float, action: Callable[[], None]) -> None:
         if not self._is_over():

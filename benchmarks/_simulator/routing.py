@@ -48,9 +48,9 @@ class RoutingOptions(Struct, frozen=True, kw_only=True):
     disagg: DisaggSettings = DisaggSettings()
     link: Link = Link()
     queue: QueueTiming = QueueTiming()
-    first_token_counts: bool = False
-    """The prefill worker's token is the answer's first. Else it is dropped and the decode worker generates it anew, as
-    with all engines that the project runs today."""
+    first_token_counts: bool = True
+    """The prefill worker's token is the answer's first, as with the torch engine. Else it is dropped, and the decode
+    worker generates it anew, as with vLLM and TensorRT-LLM."""
     block_size: int = 64
 
 

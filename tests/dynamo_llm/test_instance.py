@@ -266,7 +266,7 @@ async def test_a_prefill_worker_calls_when_it_has_room(
 ) -> None:
     """Its card says that it does; it claims from the queue once it has little to compute."""
     engine = Loaded()
-    engine.tokens = 5000
+    engine.tokens = 10_000
     running = await run(engine, role="prefill")
     (card,) = await running.registry.instances()
     assert card.prefill_queue
