@@ -44,7 +44,8 @@ class DisaggSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Of the time that a local prefill takes from each running sequence of the decode worker (from one at least),
     against the request's own wait. 0: only the time to the first token counts."""
     max_itl_ms: _Amount = 0.0
-    """A decode worker whose step takes longer computes no prompt that a prefill worker could; 0: no limit."""
+    """A busy decode worker computes no prompt, where a prefill worker could, that with a step of its own would take
+    longer; 0: no limit."""
     transfer_tokens_per_s: Annotated[float, Meta(gt=0.0, le=1e9)] = 50_000.0
     """Prompt tokens whose KV blocks pass in a second, until transfers of the model were measured."""
     transfer_overhead_ms: _Amount = 5.0
