@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,11 @@ _log = logging.getLogger(__name__)
 
 
 class PrefillCaller:
-    """One worker's side: calls for a request whenever it has room; an async context manager."""
+    """One worker's side: calls for requests while it has room; an async context manager.
+
+    A worker should neither run dry before a request has come nor call for more than it can use: what it has called for
+    takes up room until the worker itself can be expected to count it.
+    """
 
     def __init__(
         self,
@@ -30,18 +35,22 @@ class PrefillCaller:
         model: str,
         block_size: int,
         instance: str,
-        has_room: Callable[[], bool],
+        room_tokens: Callable[[], int],
         settle_s: float = 0.05,
+        poll_s: float = 0.005,
         reclaim_s: float = 1.0,
     ) -> None:
-        """After a call nothing else is claimed for `settle_s`, in which the request should come. A ticket that was
-        claimed and is still there after `reclaim_s` is claimed again."""
+        """`room_tokens`: prompt tokens that the worker would take on; it is asked again after `poll_s` where that is
+        none. A request that was called for has come after `settle_s`. A ticket that was claimed and is still there
+        after `reclaim_s` is claimed again."""
         self._redis = redis
         self._stream = keys.prefill_queue(model, block_size)
         self._channel_of: Callable[[str], str] = lambda router: keys.prefill_calls(model, block_size, router)
         self._instance = instance
-        self._has_room = has_room
-        self._settle_s = settle_s
+        self._room_tokens = room_tokens
+        self._settle_s, self._poll_s = settle_s, poll_s
+        self._called: deque[tuple[float, int]] = deque()
+        """Until when a call takes up room, and how many tokens of it."""
         self._reclaim_s = reclaim_s
         self._reclaim_at_s = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -78,13 +87,19 @@ class PrefillCaller:
 
     async def _follow(self, backoff: Backoff) -> None:
         while True:
-            if not self._has_room():
-                await asyncio.sleep(self._settle_s)
+            if self._room_tokens() <= self._on_their_way():
+                await asyncio.sleep(self._poll_s)
                 continue
             for entry_id, fields in await self._claim():
-                if await self._call(entry_id, fields):
-                    await asyncio.sleep(self._settle_s)
+                await self._call(entry_id, fields)
             backoff.reset()
+
+    def _on_their_way(self) -> int:
+        """Tokens that were called for and may not have come yet."""
+        now_s = asyncio.get_running_loop().time()
+        while self._called and self._called[0][0] <= now_s:
+            self._called.popleft()
+        return sum(tokens for _, tokens in self._called)
 
     async def _claim(self) -> list[tuple[bytes, dict[bytes, bytes]]]:
         """One ticket at most: an old one first."""
@@ -99,13 +114,14 @@ class PrefillCaller:
         reply = await self._redis.xreadgroup(GROUP, self._instance, {self._stream: ">"}, count=1, block=block_ms)
         return list(reply[0][1]) if reply else []
 
-    async def _call(self, entry_id: bytes, fields: dict[bytes, bytes]) -> bool:
-        """Whether the router has heard it."""
+    async def _call(self, entry_id: bytes, fields: dict[bytes, bytes]) -> None:
+        """What the router has not heard takes up no room."""
         ticket = ticket_of(fields)
         seconds, micros = await self._redis.time()
         age_ms = seconds * 1000 + micros // 1000 - parse_id(entry_id)[0]
         if ticket is None or age_ms > ticket.ttl_ms:
             await remove(self._redis, self._stream, [entry_id])
-            return False
+            return
         call = encode(Call(ticket.number, self._instance, entry_id))
-        return bool(await self._redis.publish(self._channel_of(ticket.router), call))
+        if await self._redis.publish(self._channel_of(ticket.router), call):
+            self._called.append((asyncio.get_running_loop().time() + self._settle_s, ticket.tokens))

@@ -44,14 +44,15 @@ class DisaggSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Of the time that a local prefill takes from each running sequence of the decode worker (from one at least),
     against the request's own wait. 0: only the time to the first token counts."""
     max_itl_ms: _Amount = 0.0
-    """A decode worker whose step takes longer computes no prompt that a prefill worker could; 0: no limit."""
+    """A busy decode worker computes no prompt, where a prefill worker could, that with a step of its own would take
+    longer; 0: no limit."""
     transfer_tokens_per_s: Annotated[float, Meta(gt=0.0, le=1e9)] = 50_000.0
     """Prompt tokens whose KV blocks pass in a second, until transfers of the model were measured."""
     transfer_overhead_ms: _Amount = 5.0
     """What a remote prefill costs whatever its size: a request, an answer, an agreement."""
     prefill_timeout_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 30.0
     """A prefill worker that has not handed over by then is given up for this request."""
-    busy_prefill_tokens: _NonNegative = 2048
+    busy_prefill_tokens: _NonNegative = 8192
     """A prefill worker with so many prompt tokens to compute is busy. When all are, a request waits in the prefill
     queue for the first one that has room; 0: never."""
     prefill_attempts: _Positive = 2

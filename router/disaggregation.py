@@ -67,7 +67,7 @@ def decide(local: Side, remote: Side | None, transfer_tokens_per_s: float, setti
     remote_ttft_ms = computed_ms + transfer_ms + local.decode_step_ms
     if settings.remote_prefill == "always":
         is_remote, reason = True, "always"
-    elif local.requests and 0.0 < settings.max_itl_ms < local.decode_step_ms:
+    elif local.requests and 0.0 < settings.max_itl_ms < local.decode_step_ms + stall_ms:
         is_remote, reason = True, "itl"
     else:
         local_cost_ms = local_ttft_ms + settings.itl_weight * max(local.requests, 1) * stall_ms

@@ -6,13 +6,14 @@ from typing import NamedTuple, Protocol
 
 from kvstore.index.base import Match
 from router.config import PlacementSettings
+from router.loads import WorkerLoad
 from router.metrics import ModelMetrics
 from router.models import Model
 from router.placement import Candidate, Decision, place
 from router.sequence import Sequence as GeneratedSequence
 from router.worker_client import WorkerConnection
 
-_NO_MATCH = Match(0, 0, 0, 0)
+NO_MATCH = Match(0, 0, 0, 0)
 
 
 class Fleet(Protocol):
@@ -64,17 +65,17 @@ class Placer:
         """One of `workers`, which must not be empty."""
         model, hashes = job.model, job.hashes
         matches = self._fleet.match(model.name, hashes)
-        candidates = [_candidate(worker, matches.get(worker.instance, _NO_MATCH), hashes) for worker in workers]
+        candidates = [candidate_of(w.instance, w.load, matches.get(w.instance, NO_MATCH), hashes) for w in workers]
         decision = place(len(hashes), model.block_size, candidates, self._settings, turn, self._rng)
         position = next(i for i, worker in enumerate(workers) if worker.instance == decision.instance)
         return Choice(workers[position], decision, candidates[position])
 
 
-def _candidate(worker: WorkerConnection, match: Match, hashes: Sequence[int]) -> Candidate:
-    load = worker.load
+def candidate_of(instance: str, load: WorkerLoad, match: Match, hashes: Sequence[int]) -> Candidate:
+    """A worker as the policies see it; a simulator asks this too. `hashes`: the prompt's whole blocks."""
     report = load.report
     return Candidate(
-        instance=worker.instance,
+        instance=instance,
         device_blocks=match.device,
         host_blocks=match.host,
         disk_blocks=match.disk,

@@ -17,9 +17,9 @@ from kvstore.cards import InstanceCard, Role
 from kvstore.prefill_caller import PrefillCaller
 from kvstore.registry import Registry
 
-ROOM_TOKENS = 1024
-"""A prefill worker that has fewer prompt tokens to compute calls for another request: it should not run dry before
-that has come."""
+ROOM_TOKENS = 8192
+"""A prefill worker that has fewer prompt tokens to compute calls for another request. One large step's worth: with less
+it would compute short prompts one by one, and run dry between two of them (benchmarks/disagg.py)."""
 
 
 class Duties:
@@ -34,13 +34,13 @@ class Duties:
         *,
         instance: str,
         epoch: int,
-        has_room: Callable[[int], bool],
+        waiting_tokens: Callable[[], int | None],
     ) -> None:
-        """`has_room(tokens)`: it serves some router, and has fewer prompt tokens than that to compute."""
+        """`waiting_tokens()`: prompt tokens it has to compute; None where no router could send it another request."""
         self.role: Role = "agg"
         self._registry, self._engine, self._metrics = registry, engine, metrics
         self._instance, self._epoch = instance, epoch
-        self._has_room = has_room
+        self._waiting_tokens = waiting_tokens
         self._transfer: KvTransfer | None = None
         self._following = AsyncExitStack()
         self._calling = AsyncExitStack()
@@ -76,9 +76,13 @@ class Duties:
             model=self._engine.info.model,
             block_size=self._engine.info.block_size,
             instance=self._instance,
-            has_room=lambda: self._has_room(ROOM_TOKENS),
+            room_tokens=self._room_tokens,
         )
         await self._calling.enter_async_context(caller)
+
+    def _room_tokens(self) -> int:
+        waiting = self._waiting_tokens()
+        return 0 if waiting is None else ROOM_TOKENS - waiting
 
     async def close(self) -> None:
         await self._calling.aclose()

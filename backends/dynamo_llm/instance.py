@@ -254,7 +254,7 @@ class Instance:
             self.transfer_metrics,
             instance=self.id,
             epoch=self._epoch,
-            has_room=self._has_room,
+            waiting_tokens=self._waiting_tokens,
         )
         self._life.push_async_callback(self._duties.close)
         await self._duties.take(self._role)
@@ -264,11 +264,11 @@ class Instance:
         if self._role != "agg" and self.transfer_metrics not in self.metrics.parts:
             self.metrics.parts.append(self.transfer_metrics)
 
-    def _has_room(self, tokens: int) -> bool:
+    def _waiting_tokens(self) -> int | None:
         service = self.service
         if not (service.healthy and service.sessions):  # without a session nobody could send what was called for
-            return False
-        return service.load().waiting_prefill_tokens < tokens
+            return None
+        return service.load().waiting_prefill_tokens
 
     async def _end_life(self) -> None:
         """It goes on to its end however often the caller is cancelled; `close` waits for it then."""

@@ -17,11 +17,14 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+COMMANDS = ["up", "worker", "tritonserver", "router", "status", "role"]
+
+
 def test_help_lists_the_commands_in_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`--help` shows every command, each with what it does, and examples."""
     assert _run(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    assert re.findall(r"^│ ([a-z]+) ", out, re.MULTILINE) == ["up", "worker", "tritonserver", "router", "status", "role"]
+    assert re.findall(r"^│ ([a-z]+) ", out, re.MULTILINE) == COMMANDS
     assert "dynamo-llm up --model" in out
 
 
@@ -31,7 +34,7 @@ def test_version_is_the_distribution_s(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().out == f"dynamo-llm {version('dynamo-llm')}\n"
 
 
-@pytest.mark.parametrize("command", ["up", "worker", "tritonserver", "router", "status", "role"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help_with_defaults_and_examples(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -341,17 +341,16 @@ async def test_a_prefill_worker_calls_when_it_has_room(
     assert card.prefill_queue
     queue = PrefillQueue(redis, Keys("instance"), model="demo", block_size=16, router="r1", poll_s=0.02)
     async with queue:
-        first = await queue.draw(10, 60.0)
-        await asyncio.sleep(0.2)  # nothing shows that it did not call
-        assert not first.called.done()
-        session = running.instance.service.open_session("r1")
-        assert await first.called == running.instance.id
-        engine.tokens = 5000
-        second = await queue.draw(10, 60.0)
+        ticket = await queue.draw(10, 60.0)
         await eventually(lambda: queue.depth == 1)
-        assert not second.called.done()
+        await asyncio.sleep(0.2)  # nothing shows that it did not call
+        assert not ticket.called.done()
+        engine.tokens = 10_000
+        session = running.instance.service.open_session("r1")
+        await asyncio.sleep(0.2)
+        assert not ticket.called.done()
         engine.tokens = 0
-        assert await second.called == running.instance.id
+        assert await ticket.called == running.instance.id
     running.instance.service.end_session(session, "closed")
 
 

@@ -32,10 +32,12 @@ class Rig:
         queue = PrefillQueue(self.redis, KEYS, model="demo", block_size=16, router=name, poll_s=0.05, **options)
         return await self._stack.enter_async_context(queue)
 
-    async def worker(self, name: str, has_room: Callable[[], bool] = lambda: True, **options: Any) -> PrefillCaller:
-        options = {"settle_s": 0.005, "reclaim_s": 0.1, **options}
+    async def worker(
+        self, name: str, room_tokens: Callable[[], int] = lambda: 1 << 20, **options: Any
+    ) -> PrefillCaller:
+        options = {"settle_s": 0.0, "poll_s": 0.005, "reclaim_s": 0.1, **options}
         caller = PrefillCaller(
-            self.redis, KEYS, model="demo", block_size=16, instance=name, has_room=has_room, **options
+            self.redis, KEYS, model="demo", block_size=16, instance=name, room_tokens=room_tokens, **options
         )
         return await self._stack.enter_async_context(caller)
 
@@ -72,12 +74,22 @@ async def test_only_workers_with_room_call(rig: Rig, eventually: Eventually) -> 
     room: set[str] = set()
     queue = await rig.router()
     for name in ("w1", "w2"):
-        await rig.worker(name, lambda name=name: name in room)
+        await rig.worker(name, lambda name=name: 10 if name in room else 0)
     tickets = [await queue.draw(1, 60.0) for _ in range(3)]
     await eventually(lambda: queue.depth == 3)
     assert not any(ticket.called.done() for ticket in tickets)
     room.add("w2")
     assert [await ticket.called for ticket in tickets] == ["w2"] * 3
+
+
+async def test_a_call_takes_up_room(rig: Rig, eventually: Eventually) -> None:
+    """What a worker has called for counts as if it had come, so that it claims no more than it has room for."""
+    queue = await rig.router()
+    await rig.worker("w1", lambda: 100, settle_s=60.0)
+    tickets = [await queue.draw(60, 60.0) for _ in range(3)]
+    await asyncio.gather(tickets[0].called, tickets[1].called)
+    await rig.worker("w2")
+    assert await tickets[2].called == "w2"
 
 
 async def test_who_has_left_is_not_called(rig: Rig, eventually: Eventually) -> None:
@@ -178,7 +190,7 @@ async def test_many_tickets_are_each_called_once(rig: Rig, eventually: Eventuall
     await rig.redis.xgroup_create(STREAM, GROUP, id="0")
     await rig.redis.xreadgroup(GROUP, "dead", {STREAM: ">"}, count=20)
     for name in ("w1", "w2"):
-        await rig.worker(name, settle_s=0.0)
+        await rig.worker(name)
     called = await asyncio.gather(*(ticket.called for ticket in tickets))
     assert set(called) <= {"w1", "w2"}
     await eventually(rig.is_empty)

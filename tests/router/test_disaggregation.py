@@ -71,6 +71,8 @@ def test_the_predictions() -> None:
         (side(), side(queued=5000), {"remote_prefill": "always"}, "always"),
         (side(requests=1, step=21.0), side(queued=50_000), {"max_itl_ms": 20.0}, "itl"),
         (side(requests=0, step=21.0), side(queued=50_000), {"max_itl_ms": 20.0}, "sooner"),
+        (side(20, requests=1), side(queued=50_000), {"max_itl_ms": 29.0, "max_local_prefill_tokens": 10}, "itl"),
+        (side(20, requests=1), side(queued=50_000), {"max_itl_ms": 31.0, "max_local_prefill_tokens": 10}, "sooner"),
         (side(rate=0.0), side(rate=0.0), {}, "cheaper"),
         (side(rate=0.0), side(rate=0.0, queued=5000), {}, "sooner"),
     ],

@@ -53,13 +53,19 @@ async def calls(cluster: Any) -> AsyncIterator[Calls]:
                 model=MODEL,
                 block_size=BLOCK_SIZE,
                 instance=worker.instance,
-                has_room=lambda: True,
+                room_tokens=lambda: 1 << 20,
                 settle_s=0.005,
                 reclaim_s=0.1,
             )
             await stack.enter_async_context(caller)
 
         yield start
+
+
+def sees(router: Any, waiting: int) -> Callable[[], bool]:
+    """The router has taken note of so many; Redis has them a little earlier."""
+    figure = f'prefill_queue_depth{{model="{MODEL}"}} {waiting}.0'.encode()
+    return lambda: figure in router.metrics.render()
 
 
 async def depth_of(cluster: Any) -> int:
@@ -72,10 +78,9 @@ async def test_the_first_with_room_gets_the_request(cluster, eventually, calls: 
     decode = await cluster.worker(says(TEXT), role="decode")
     router = await cluster.router(disagg=ALWAYS)
     task = asyncio.create_task(router.generation.generate(request()))
-    await eventually(lambda: depth_of(cluster))
+    await eventually(sees(router, 1))
     assert [worker.submits for worker in (*prefills, decode)] == [[], [], [], []]
     assert [c.load.requests for c in router.pool.workers(MODEL)] == [1]
-    assert b'prefill_queue_depth{model="demo"} 1.0' in router.metrics.render()
     await calls(prefills[1])
     result = await task
     assert (result.text, result.placed.prefill_instance) == (TEXT, prefills[1].instance)
@@ -95,7 +100,7 @@ async def test_who_comes_later_waits_behind(cluster, eventually, calls: Calls) -
     await cluster.worker(says(TEXT), role="decode")
     router = await cluster.router(disagg=ALWAYS)
     first = asyncio.create_task(router.generation.generate(request()))
-    await eventually(lambda: depth_of(cluster))
+    await eventually(sees(router, 1))
     for connection in router.pool.prefill_workers(MODEL):
         connection.load.on_report(wire.Load(steps=1), 0.0)
     second = asyncio.create_task(router.generation.generate(request()))

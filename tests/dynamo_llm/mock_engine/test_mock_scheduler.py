@@ -1,6 +1,7 @@
 """Scheduler and block pool of the mock engine under arbitrary lives of requests, and vLLM's rules for single ones."""
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import count
 
 import pytest
@@ -59,11 +60,13 @@ def fold(pool: BlockPool, resident: set[int]) -> None:
             resident |= hashes
 
 
-def check(pool: BlockPool, scheduler: MockScheduler[Sequence], resident: set[int]) -> None:
+def check(
+    pool: BlockPool, scheduler: MockScheduler[Sequence], resident: set[int], kept: Iterable[Sequence] = ()
+) -> None:
     """The pool's books agree with each other, with the sequences and with the events so far."""
     references: Counter[int] = Counter()
     own = 0
-    for item in (*scheduler.prefilling, *scheduler.decoding):
+    for item in (*scheduler.prefilling, *scheduler.arriving, *scheduler.decoding, *kept):
         assert 0 <= item.named <= item.held
         references.update(item.chain[: item.named])
         own += item.held - item.named
@@ -75,9 +78,10 @@ def check(pool: BlockPool, scheduler: MockScheduler[Sequence], resident: set[int
     assert pool.used == own + len(references)
     assert pool.used + pool.available == pool.kv_blocks
     assert pool.resident == resident
-    running = (*scheduler.prefilling, *scheduler.decoding)
+    running = (*scheduler.prefilling, *scheduler.arriving, *scheduler.decoding)
+    assert scheduler.load().running == len(running)
     assert scheduler.load().waiting_prefill_tokens == sum(
-        item.length - item.computed for item in (*scheduler.waiting, *scheduler.prefilling)
+        item.length - item.computed for item in (*scheduler.waiting, *scheduler.prefilling) if not item.awaits_blocks
     )
     assert len({*running, *scheduler.waiting}) == len(running) + len(scheduler.waiting)
 
@@ -132,6 +136,100 @@ def test_lives_of_requests(
     assert scheduler.begin() is None
     assert pool.used == 0
     assert caching or not resident
+
+
+@settings(max_examples=200, deadline=None)
+@given(requests, st.data(), st.integers(8, 16), st.integers(4, 12), st.integers(1, 4), st.booleans())
+def test_lives_of_disaggregated_requests(
+    batch: list[Request], data: st.DataObject, kv_blocks: int, tokens: int, seqs: int, caching: bool
+) -> None:
+    """Sequences that keep their blocks or await them get all their tokens too, and hold nothing at the end."""
+    pool, scheduler = make(kv_blocks, tokens=tokens, seqs=seqs, caching=caching)
+    resident: set[int] = set()
+    live, kept, awaited, got = dict[int, Sequence](), list[Sequence](), list[Sequence](), Counter[int]()
+    for key, (prompt, new, priority, _) in enumerate(batch):
+        live[key] = item = Sequence(key, prompt, new)
+        item.awaits_blocks, item.keeps_blocks = data.draw(st.booleans()), data.draw(st.booleans())
+        scheduler.add(item, priority)
+    for number in count():
+        assert number < 2000, "no end"
+        if kept and (number % 3 == 0 or not scheduler.decoding):
+            scheduler.release(kept.pop())
+        for key, (_, _, _, cancelled) in enumerate(batch):
+            if cancelled == number and key in live:
+                scheduler.remove(live.pop(key))
+        if not live and not kept:
+            break
+        run = scheduler.begin()
+        awaited += scheduler.take_arriving()
+        assert all(item.held for item in scheduler.arriving)
+        assert {*scheduler.arriving} <= {*awaited}
+        if run is not None:
+            assert run.prefill_tokens + run.decoding <= tokens
+            got.update({item.key: run.steps for item in scheduler.decoding})
+            scheduler.end(run)
+            got.update(item.key for item in run.first)
+            for item in run.finished:
+                assert live.pop(item.key) is item
+                assert got[item.key] == batch[item.key][1]
+                kept += [item] if item.keeps_blocks else []
+        if scheduler.arriving and (run is None or data.draw(st.booleans())):
+            scheduler.arrived(next(iter(scheduler.arriving)))
+        fold(pool, resident)
+        check(pool, scheduler, resident, kept)
+    assert scheduler.begin() is None
+    assert pool.used == 0
+
+
+def test_awaited_blocks() -> None:
+    """A sequence whose blocks come from elsewhere enters with blocks, decodes once they are there, and is cached."""
+    pool, scheduler = make()
+    item = Sequence(0, [1] * 9, 3)
+    item.awaits_blocks = True
+    scheduler.add(item)
+    assert scheduler.load().waiting_prefill_tokens == 0
+    assert scheduler.begin() is None
+    assert scheduler.take_arriving() == [item]
+    assert (item.held, item.computed, pool.used) == (3, 0, 3)
+    scheduler.arrived(item)
+    runs = [run_one(scheduler) for _ in range(3)]
+    assert [(run.prefill_tokens, run.decoding) for run in runs] == [(0, 1)] * 3
+    assert runs[2].finished == [item]
+    again = Sequence(1, [1] * 9, 3)
+    again.awaits_blocks = True
+    scheduler.add(again)
+    scheduler.begin()
+    assert again.computed == 8
+
+
+def test_a_victim_computes_what_it_awaited() -> None:
+    """A sequence that has to give its blocks back before they are filled computes its prompt itself."""
+    pool, scheduler = make(5, caching=False)
+    scheduler.add(Sequence(0, [0] * 4, 14))
+    run_one(scheduler)
+    item = Sequence(1, [1] * 7, 2)
+    item.awaits_blocks = True
+    scheduler.add(item)
+    finished, prefilled = list[int](), 0
+    while len(finished) < 2:
+        run = run_one(scheduler)
+        finished += [done.key for done in run.finished]
+        prefilled += run.prefill_tokens
+    assert scheduler.preemptions == 1
+    assert (finished, prefilled) == ([0, 1], 7)
+    assert pool.used == 0
+
+
+def test_kept_blocks() -> None:
+    """What a sequence keeps beyond its end is used until it is released, and cached from then on."""
+    pool, scheduler = make()
+    item = Sequence(0, [1] * 8, 1)
+    item.keeps_blocks = True
+    scheduler.add(item)
+    assert run_one(scheduler).finished == [item]
+    assert (pool.used, pool.cached, scheduler.load().running) == (2, 0, 0)
+    scheduler.release(item)
+    assert (pool.used, pool.cached) == (0, 2)
 
 
 def _fold(pool: BlockPool, resident: set[int]) -> set[int]:

@@ -6,6 +6,10 @@ goes to prompts that are half computed and then to waiting requests, by priority
 blocks for all its tokens, so only decoding can run out of them: then the running sequence that is least urgent gives
 its blocks back, waits again, and recomputes its tokens later, mostly from the cache.
 
+Of a disaggregated request, the sequence of the prefill worker keeps its blocks when it ends (`release`), and that of
+the decode worker enters the batch with blocks for the caller to fill (`take_arriving`, `arrived`). One that has to give
+these back computes its tokens itself.
+
 Every decoding sequence gets a token in every step, so a length is an offset to the count of steps, and a run of many
 steps in which nothing else happens costs no more than one. What is to happen (a block is full, a sequence ends) stands
 in an agenda, a heap by the count of steps.
@@ -45,7 +49,7 @@ class Run(Generic[_S]):
         self.first: list[_S] = []
         """Set by `end`: their prompt is computed, and they got the token that follows it."""
         self.finished: list[_S] = []
-        """Set by `end`: they got their last token, and hold nothing any more."""
+        """Set by `end`: they got their last token, and hold nothing any more, unless they keep their blocks."""
 
 
 class MockScheduler(Generic[_S]):
@@ -59,6 +63,8 @@ class MockScheduler(Generic[_S]):
         """The most urgent last."""
         self.prefilling: dict[_S, None] = {}
         """In the batch, some of the prompt to be computed; in the order in which they entered."""
+        self.arriving: dict[_S, None] = {}
+        """In the batch, their blocks to be filled from elsewhere; in the order in which they entered."""
         self.decoding: dict[_S, None] = {}
         self.steps = 0
         """Steps that have ended."""
@@ -72,6 +78,8 @@ class MockScheduler(Generic[_S]):
         """(count of steps, ticket, sequence); what has another ticket now is void."""
         self._growing: list[_S] = []
         """Decoding sequences whose next token begins a block."""
+        self._entered: list[_S] = []
+        """See `take_arriving`."""
 
     # --- between runs, or during one ----------------------------------------------------------------------------------
 
@@ -84,7 +92,7 @@ class MockScheduler(Generic[_S]):
     def load(self, prefill_tokens_per_s: float = 0.0, decode_step_ms: float = 0.0) -> Load:
         """The speeds are the caller's to measure."""
         return Load(
-            running=len(self.prefilling) + len(self.decoding),
+            running=self._running,
             waiting=len(self.waiting),
             waiting_prefill_tokens=self._queued_tokens,
             kv_blocks_used=self.blocks.used,
@@ -100,6 +108,24 @@ class MockScheduler(Generic[_S]):
 
     # --- between runs -------------------------------------------------------------------------------------------------
 
+    def take_arriving(self) -> list[_S]:
+        """Those that have entered the batch since the last call and await their blocks: the caller has them filled,
+        but for the leading `computed` tokens of each, which were in the cache."""
+        entered, self._entered = self._entered, []
+        return entered
+
+    def arrived(self, sequence: _S) -> None:
+        """The blocks of one in `arriving` are filled. It decodes from the next run on."""
+        del self.arriving[sequence]
+        sequence.awaits_blocks = False
+        sequence.computed = sequence.length - 1
+        self.blocks.commit(sequence, sequence.computed)
+        self._start_decoding(sequence)
+
+    def release(self, sequence: _S) -> None:
+        """Free what a sequence that has ended was to keep."""
+        self.blocks.release(sequence)
+
     def remove(self, sequence: _S) -> None:
         """Forget a sequence that has not ended, and free its blocks."""
         if sequence.ticket >= 0:
@@ -107,9 +133,11 @@ class MockScheduler(Generic[_S]):
         elif sequence in self.prefilling:
             del self.prefilling[sequence]
             self._queued_tokens -= sequence.length - sequence.computed
+        elif sequence in self.arriving:
+            del self.arriving[sequence]
         else:
             del self.waiting[bisect_left(self.waiting, sequence.urgency, key=_urgency)]
-            self._queued_tokens -= sequence.length
+            self._queued_tokens -= _to_compute(sequence)
         self.blocks.release(sequence)
 
     def begin(self, most_steps: int | None = None) -> Run[_S] | None:
@@ -124,6 +152,8 @@ class MockScheduler(Generic[_S]):
             budget -= self._chunk(chunks, sequence, budget)
         # After a preemption nobody enters: the victim would come straight back.
         while budget and not preempted and (admitted := self._admit()):
+            if admitted.awaits_blocks:
+                continue
             budget -= self._chunk(chunks, admitted, budget)
         decoding = len(self.decoding)
         if not chunks and not decoding:
@@ -159,18 +189,23 @@ class MockScheduler(Generic[_S]):
 
     def _wait(self, sequence: _S) -> None:
         insort(self.waiting, sequence, key=_urgency)
-        self._queued_tokens += sequence.length
+        self._queued_tokens += _to_compute(sequence)
+
+    @property
+    def _running(self) -> int:
+        return len(self.prefilling) + len(self.arriving) + len(self.decoding)
 
     def _grow(self) -> None:
         """A block for each sequence that needs one, the most urgent first, so that no victim has got one yet."""
         growing, self._growing = sorted(self._growing, key=_urgency, reverse=True), []
         for sequence in growing:
             while sequence.ticket >= 0 and not self.blocks.extend(sequence):
-                self._preempt(min((*self.prefilling, *self.decoding), key=_urgency))
+                self._preempt(min((*self.prefilling, *self.arriving, *self.decoding), key=_urgency))
 
     def _preempt(self, sequence: _S) -> None:
         self.preemptions += 1
         self.remove(sequence)
+        sequence.awaits_blocks = False  # whatever comes would come into blocks of others
         self._wait(sequence)
 
     def _admit(self) -> _S | None:
@@ -178,15 +213,19 @@ class MockScheduler(Generic[_S]):
 
         Each running sequence keeps a block to grow into, or admissions would be preempted at once.
         """
-        running = len(self.prefilling) + len(self.decoding)
+        running = self._running
         if not self.waiting or running >= self.max_seqs:
             return None
         sequence = self.waiting[-1]
         if not self.blocks.admit(sequence, reserve=running):
             return None
         self.waiting.pop()
-        self.prefilling[sequence] = None
-        self._queued_tokens -= sequence.computed
+        if sequence.awaits_blocks:
+            self.arriving[sequence] = None
+            self._entered.append(sequence)
+        else:
+            self.prefilling[sequence] = None
+            self._queued_tokens -= sequence.computed
         if sequence.cached_tokens < 0:
             sequence.cached_tokens = sequence.computed
         return sequence
@@ -212,7 +251,11 @@ class MockScheduler(Generic[_S]):
         run.first.append(sequence)
         if sequence.length >= sequence.max_length:
             self._finish(sequence, run)
-            return
+        else:
+            self._start_decoding(sequence)
+
+    def _start_decoding(self, sequence: _S) -> None:
+        """All its tokens but the last one are computed."""
         self.decoding[sequence] = None
         sequence.offset = sequence.length - self.steps
         sequence.last_step = sequence.max_length - sequence.offset
@@ -222,7 +265,7 @@ class MockScheduler(Generic[_S]):
         """Come back to a decoding sequence when its block is full, or it ends before."""
         size = self.blocks.block_size
         in_block = computed % size
-        if not in_block:
+        if computed == sequence.held * size:
             self._growing.append(sequence)
         self._tickets += 1
         sequence.ticket = self._tickets
@@ -245,4 +288,10 @@ class MockScheduler(Generic[_S]):
 
     def _finish(self, sequence: _S, run: Run[_S]) -> None:
         run.finished.append(sequence)
-        self.blocks.release(sequence)
+        if not sequence.keeps_blocks:
+            self.blocks.release(sequence)
+
+
+def _to_compute(sequence: MockSequence) -> int:
+    """Tokens of a waiting sequence that this engine has to compute before it decodes."""
+    return 0 if sequence.awaits_blocks else sequence.length

@@ -11,10 +11,12 @@ class MockSequence(ABC):
     """
 
     __slots__ = (
+        "awaits_blocks",
         "cached_tokens",
         "chain",
         "computed",
         "held",
+        "keeps_blocks",
         "key",
         "last_step",
         "length",
@@ -42,6 +44,12 @@ class MockSequence(ABC):
         """Sorts the sequences of a scheduler, the most urgent last."""
         self.cached_tokens = -1
         """Prompt tokens that were reused when it was first admitted; -1 before."""
+        self.awaits_blocks = False
+        """To be set before it is added: another worker has computed all its tokens but the last one. It enters the
+        batch with blocks, and waits there until `MockScheduler.arrived`."""
+        self.keeps_blocks = False
+        """To be set before it is added: when it ends, its blocks stay for another worker to read, until
+        `MockScheduler.release`."""
 
         self.held = 0
         self.named = 0

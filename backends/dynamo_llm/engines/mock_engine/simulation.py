@@ -19,6 +19,8 @@ class Ended(Struct, frozen=True, gc=False):
     end_ms: float
     run: Run[MockSequence]
     """Every decoding sequence got `run.steps` tokens, one each `run.step_ms`; each of `run.first` one at the end."""
+    joined: list[MockSequence]
+    """Of those that decoded: the ones whose blocks came from another worker, and which had no token here before."""
 
 
 class SimulatedInstance:
@@ -31,6 +33,9 @@ class SimulatedInstance:
         self._run: Run[MockSequence] | None = None
         self._start_ms = 0.0
         self._cancelled: list[MockSequence] = []
+        self._arrived: list[MockSequence] = []
+        self._released: list[MockSequence] = []
+        self._joined: list[MockSequence] = []
 
     def submit(self, sequence: MockSequence, now_ms: float, priority: int = 0) -> None:
         """A request arrives. It can join the step that begins next."""
@@ -45,18 +50,40 @@ class SimulatedInstance:
             self._cancelled.append(sequence)
         self._interrupt(now_ms)
 
+    def arrive(self, sequence: MockSequence, now_ms: float) -> None:
+        """The blocks that a sequence awaited are filled: it joins the step that begins next unless it was preempted."""
+        self._arrived.append(sequence)
+        self._interrupt(now_ms)
+
+    def release(self, sequence: MockSequence, now_ms: float) -> None:
+        """Another worker has read what a sequence kept: free it when the step that is on ends."""
+        self._released.append(sequence)
+        self._interrupt(now_ms)
+
     def advance(self) -> Ended | None:
         """Go to `next_ms`: end the run, if one is on, and begin the next. `now` is what `next_ms` was."""
-        now_ms, run, start_ms = self.next_ms, self._run, self._start_ms
+        now_ms, run, start_ms, joined = self.next_ms, self._run, self._start_ms, self._joined
         if run is not None:
             self.scheduler.end(run)
+        self._heed(run)
+        self._start_ms, self._run = now_ms, self.scheduler.begin()
+        self._joined = [sequence for sequence in self._arrived if sequence in self.scheduler.decoding]
+        self._arrived.clear()
+        self.next_ms = inf if self._run is None else now_ms + self._run.steps * self._run.step_ms
+        return None if run is None else Ended(start_ms, now_ms, run, joined)
+
+    def _heed(self, run: Run[MockSequence] | None) -> None:
+        """What was asked for during the run that has ended, or while there was none."""
         for sequence in self._cancelled:
             if run is None or sequence not in run.finished:
                 self.scheduler.remove(sequence)
         self._cancelled.clear()
-        self._start_ms, self._run = now_ms, self.scheduler.begin()
-        self.next_ms = inf if self._run is None else now_ms + self._run.steps * self._run.step_ms
-        return None if run is None else Ended(start_ms, now_ms, run)
+        for sequence in self._released:
+            self.scheduler.release(sequence)
+        self._released.clear()
+        for sequence in self._arrived:
+            if sequence in self.scheduler.arriving:
+                self.scheduler.arrived(sequence)
 
     def _interrupt(self, now_ms: float) -> None:
         """End a run of several steps with the one that is on; begin one where there is none."""

@@ -1,0 +1,6 @@
+"""The benchmarks are scripts: their modules lie beside them, in no package."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
