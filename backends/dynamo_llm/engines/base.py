@@ -10,12 +10,28 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from msgspec import Struct
 
-from kvstore.cards import KvOp
+from kvstore.cards import KvOp, Role
 from kvstore.wire import ErrorCode, Load, Output, SamplingParams, WireError
 
 if TYPE_CHECKING:
     from dynamo_llm.transfer import KvTransfer
     from dynamo_llm.transfer.metrics import TransferMetrics
+
+
+class Duty(Struct, frozen=True, kw_only=True):
+    """What an engine is to do among others. Engines that hand their KV blocks over themselves are made with it."""
+
+    role: Role = "agg"
+    host: str = "127.0.0.1"
+    """Where other workers reach this machine."""
+
+    @property
+    def hands_over(self) -> bool:
+        return self.role != "agg"
+
+
+ALONE = Duty()
+"""Whole requests only."""
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True):
