@@ -18,6 +18,7 @@ from dynamo_llm.engines.async_types import one_line
 from dynamo_llm.engines.base import Duty, EngineError
 
 _HOST, _PORT = "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"
+_ON_CPU = "dynamo_llm.engines.vllm_engine.nixl_connector"
 _LEASE_S = 30.0
 """vLLM's own default of `kv_lease_duration`."""
 
@@ -31,11 +32,12 @@ def connector(duty: Duty) -> dict[str, Any] | None:
             f"the vllm engine needs the package nixl for the role {duty.role}: "
             "pip install 'dynamo-llm[nixl]' in its environment"
         )
-    return {
-        "kv_connector": "NixlConnector",
+    config = {
+        "kv_connector": "NixlConnector",  # its `kv_buffer_device` is the engine's own device
         "kv_role": "kv_both",  # roles may change while a worker runs; the requests decide
         "kv_load_failure_policy": "recompute",  # vLLM's own would fail the request
     }
+    return {**config, "kv_connector_module_path": _ON_CPU} if current_platform.is_cpu() else config
 
 
 def lease_s(args: AsyncEngineArgs) -> float:
@@ -76,9 +78,9 @@ def _reserve(undo: contextlib.ExitStack, host: str) -> int:
 
 
 def _threads(args: AsyncEngineArgs) -> dict[str, str]:
-    """On a CPU vLLM keeps a core free for the connector and pins the thread there that also computes; with so few cores
-    that it cannot, another computing thread is bound to that core, and each waits for the other, spinning: decode
-    steps took 20 times as long. Then one thread computes, and what NIXL starts is not bound."""
+    """On a CPU vLLM binds each computing thread to a core, and its connector pins one of them to the last core. Where
+    there are too few cores to keep that one free, two threads compute on it and wait for each other, spinning: decode
+    steps took 20 times as long. Then one thread computes, bound to none."""
     if (
         not current_platform.is_cpu()
         or {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU"} & os.environ.keys()
