@@ -20,8 +20,8 @@ from router.sequence import Retry
 from router.worker_client import next_rid
 
 _LEASE_SHARE = 0.5
-"""Of a lease, in which the hand-over may be sent on: it began before we heard of it, and the decode worker has to come to
-it yet."""
+"""Of a lease, in which the hand-over may be sent on: it began before we heard of it, and the decode worker has to come
+to it yet."""
 DO_REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
 """What a prefill worker is asked for."""
 

@@ -275,8 +275,8 @@ async def test_both_workers_die_after_the_handover(cluster, eventually) -> None:
 
 @pytest.mark.parametrize("lease_s", [0.0, 3600.0])
 async def test_a_decode_worker_that_would_come_too_late(cluster, lease_s: float) -> None:
-    """Blocks may be others' when their lease is nearly over, and not every engine would notice: the next decode worker is
-    not sent there, but computes the prompt."""
+    """Blocks may be others' when their lease is nearly over, and not every engine would notice: the next decode worker
+    is not sent there, but computes the prompt."""
     asked: list[wire.Submit] = []
 
     def script(worker: ScriptedWorker, submit: wire.Submit) -> Any:

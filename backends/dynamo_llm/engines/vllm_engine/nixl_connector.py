@@ -1,9 +1,9 @@
 """vLLM's `NixlConnector` for machines that compute on their CPUs. vLLM imports it, in processes of its own, by the
 `kv_connector_module_path` that `transfer.py` gives.
 
-Two things are otherwise, and both are about cores. NIXL's progress thread looks for news without a pause, most of it in the
-kernel: half a core for each worker that has nothing to do. And the connector pins the thread that makes it to the last
-core of the node, which is the one that computes: those of all workers of a machine on the same core.
+Two things are otherwise, both about cores. NIXL's progress thread looks for news without a pause, most of it in the
+kernel: half a core for each worker that has nothing to do. And the connector pins the thread that makes it, which is
+the one that computes, to the last core of the node: those of all workers of a machine to the same one.
 """
 
 import contextlib
