@@ -82,5 +82,5 @@ $(VLLM_STAMP): pyproject.toml $(VLLM_REQUIREMENTS) | $(VLLM_BIN)/python
 	$(VLLM_BIN)/python -m pip install --disable-pip-version-check --no-deps '$(VLLM)'
 	$(VLLM_BIN)/python $(VLLM_REQUIREMENTS) > $(VLLM_VENV)/requirements.txt
 	$(VLLM_BIN)/python -m pip install --disable-pip-version-check \
-	  '$(TORCH)' -r $(VLLM_VENV)/requirements.txt -e . $(VLLM_TEST_PACKAGES)
+	  '$(TORCH)' -r $(VLLM_VENV)/requirements.txt -e '.[nixl]' $(VLLM_TEST_PACKAGES)
 	@touch $@

@@ -7,6 +7,7 @@ have to be at it at the same time).
 """
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -18,6 +19,9 @@ from router.placer import Choice, Job
 from router.sequence import Retry
 from router.worker_client import next_rid
 
+_LEASE_SHARE = 0.5
+"""Of a lease, in which the hand-over may be sent on: it began before we heard of it, and the decode worker has to come
+to it yet."""
 DO_REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
 """What a prefill worker is asked for."""
 
@@ -51,6 +55,7 @@ class PrefillRun:
         self._output = wire.Output(self._rid, [])
         """All that came so far."""
         self._began_s = time.perf_counter()
+        self._expires_s = math.inf
 
     def begin(self) -> None:
         """Submit it. Raises `WorkerLost`."""
@@ -75,6 +80,12 @@ class PrefillRun:
     def held(self) -> bool:
         """The worker can still be expected to hold what it handed over."""
         return self.failure is None and self.worker.connected and self.worker.sessions == self._session
+
+    @property
+    def expired(self) -> bool:
+        """The blocks may soon be others' (`lease_s` in what was handed over): a decode worker must not be sent there,
+        since not every engine notices."""
+        return time.perf_counter() > self._expires_s
 
     def leave(self, *, fetched: bool) -> None:
         """No more is wanted of the worker. Unless the blocks were `fetched`, it is told to let go of them."""
@@ -132,8 +143,11 @@ class PrefillRun:
             all_.token_ids += output.token_ids
         if output.logprobs is not None:
             all_.logprobs = (all_.logprobs or []) + output.logprobs
-        if self.params is None:
+        if self.params is None and output.kv_transfer_params is not None:
             self.params = output.kv_transfer_params
+            lease_s = self.params.get("lease_s")
+            if isinstance(lease_s, int | float):
+                self._expires_s = time.perf_counter() + lease_s * _LEASE_SHARE
 
     def _hand_over(self) -> None:
         self._job.metrics.disagg.prefill_s.observe(time.perf_counter() - self._began_s)

@@ -90,8 +90,8 @@ class PrefillStage:
         Afterwards the sequence may be complete, and the worker may have gone. Raises `RouterError`.
         """
         takes_blocks = decode.worker.card.role == "decode"
-        if self._run is not None and not (self._run.held and takes_blocks):
-            self._job.metrics.disagg.failed("lost" if takes_blocks else "no_decode_worker")
+        if self._run is not None and (reason := _why_useless(self._run, takes_blocks)):
+            self._job.metrics.disagg.failed(reason)
             self._drop()
         while self._run is None and takes_blocks and not self._job.sequence.token_ids:
             prefill = self._choose()
@@ -235,6 +235,15 @@ def placed_at(choice: Choice, job: Job, prefill_instance: str, reason: str = "")
         reason=reason or choice.decision.reason,
         prefill_instance=prefill_instance,
     )
+
+
+def _why_useless(run: PrefillRun, takes_blocks: bool) -> str:
+    """Why what was handed over is of no use to a decode worker, for metrics; empty: it is."""
+    if not takes_blocks:
+        return "no_decode_worker"
+    if not run.held:
+        return "lost"
+    return "expired" if run.expired else ""
 
 
 async def _first_of(one: asyncio.Future[Any], other: asyncio.Future[Any], timeout_s: float) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import msgspec
 
+from dynamo_llm.card import own_address
 from dynamo_llm.config import WorkerConfig
 from dynamo_llm.duties import Duties
 from dynamo_llm.engines import create_engine
-from dynamo_llm.engines.base import Engine, EngineError
+from dynamo_llm.engines.base import ALONE, Duty, Engine, EngineError
 from dynamo_llm.lifecycle import Lifecycle, RestartPolicy
 from dynamo_llm.maker import Maker
 from dynamo_llm.metrics import Metrics
@@ -45,8 +46,8 @@ CreateEngine = Callable[[WorkerConfig, Path, str], Engine]
 
 def create(config: WorkerConfig, folder: Path, model: str) -> Engine:
     """The engine that the options name."""
-    python = [config.python] if config.python else []
-    return create_engine(config.engine, folder, model, config.engine_options, *python)
+    duty = Duty(role=config.role, host=own_address(config)) if config.role != "agg" else ALONE
+    return create_engine(config.engine, folder, model, config.engine_options, config.python, duty)
 
 
 class Instance:

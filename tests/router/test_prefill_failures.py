@@ -273,6 +273,27 @@ async def test_both_workers_die_after_the_handover(cluster, eventually) -> None:
     assert spares[1].submits[0].kv_transfer_params == {**PARAMS, "other": 1}
 
 
+@pytest.mark.parametrize("lease_s", [0.0, 3600.0])
+async def test_a_decode_worker_that_would_come_too_late(cluster, lease_s: float) -> None:
+    """Blocks may be others' when their lease is nearly over, and not every engine would notice: the next decode worker
+    is not sent there, but computes the prompt."""
+    asked: list[wire.Submit] = []
+
+    def script(worker: ScriptedWorker, submit: wire.Submit) -> Any:
+        asked.append(submit)
+        return (refuses("overloaded") if len(asked) == 1 else says(TEXT))(worker, submit)
+
+    prefill = await cluster.worker(hands_over(lease_s=lease_s), role="prefill")
+    for _ in range(2):
+        await cluster.worker(script, role="decode")
+    router = await cluster.router(disagg=ALWAYS)
+    assert (await router.generation.generate(request())).text == TEXT
+    leased = {**PARAMS, "lease_s": lease_s}
+    assert [submit.kv_transfer_params for submit in asked] == [leased, leased if lease_s else None]
+    assert failures_of(router) == ({} if lease_s else {"expired": 1})
+    assert len(prefill.submits) == 1
+
+
 @pytest.mark.parametrize("script", [cannot_pull, takes_no_params])
 async def test_a_pull_that_fails(cluster, eventually, script: Any) -> None:
     """What was handed over is of no use: the same worker computes the prompt, the other one lets go of its blocks."""

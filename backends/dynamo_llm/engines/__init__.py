@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dynamo_llm.engines.base import Engine, EngineError
+from dynamo_llm.engines.base import ALONE, Duty, Engine, EngineError
 
 
 class _Kind(NamedTuple):
@@ -18,14 +18,16 @@ class _Kind(NamedTuple):
     """What it imports of others; empty: nothing."""
     extra: str
     """Installs that."""
+    moves_blocks: bool = False
+    """Its KV blocks move by its own means, which its role decides: it is made with its `Duty`."""
 
 
 _ENGINES = {
     "torch": _Kind("dynamo_llm.engines.torch_engine.engine", "TorchEngine", "torch", "worker"),
     "mock": _Kind("dynamo_llm.engines.mock_engine.engine", "MockEngine", "", ""),
-    "vllm": _Kind("dynamo_llm.engines.vllm_engine.engine", "VllmEngine", "vllm", "vllm"),
-    "sglang": _Kind("dynamo_llm.engines.sglang_engine.engine", "SglangEngine", "sglang", "sglang"),
-    "trtllm": _Kind("dynamo_llm.engines.trtllm_engine.engine", "TrtllmEngine", "tensorrt_llm", "trtllm"),
+    "vllm": _Kind("dynamo_llm.engines.vllm_engine.engine", "VllmEngine", "vllm", "vllm", True),
+    "sglang": _Kind("dynamo_llm.engines.sglang_engine.engine", "SglangEngine", "sglang", "sglang", True),
+    "trtllm": _Kind("dynamo_llm.engines.trtllm_engine.engine", "TrtllmEngine", "tensorrt_llm", "trtllm", True),
 }
 
 
@@ -37,7 +39,12 @@ def check_engine(name: str) -> None:
 
 
 def create_engine(
-    name: str, model_path: str | Path, model_name: str, options: Mapping[str, Any], python: str = ""
+    name: str,
+    model_path: str | Path,
+    model_name: str,
+    options: Mapping[str, Any],
+    python: str = "",
+    duty: Duty = ALONE,
 ) -> Engine:
     """Load a model into an engine; seconds to minutes. `start` it afterwards.
 
@@ -47,22 +54,25 @@ def create_engine(
     check_engine(name)
     kind = _ENGINES[name]
     if python:
-        return _create_isolated(name, kind, Path(model_path), model_name, dict(options), python)
+        return _create_isolated(name, kind, Path(model_path), model_name, dict(options), python, duty)
     try:
         make = getattr(import_module(kind.module), kind.factory)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("dynamo_llm"):
             raise
         raise EngineError(_how_to_install(name, kind, error.name or kind.package)) from None
-    engine: Engine = make(Path(model_path), model_name, dict(options))
+    more = {"duty": duty} if kind.moves_blocks else {}
+    engine: Engine = make(Path(model_path), model_name, dict(options), **more)
     return engine
 
 
-def _create_isolated(name: str, kind: _Kind, folder: Path, model: str, options: dict[str, Any], python: str) -> Engine:
+def _create_isolated(
+    name: str, kind: _Kind, folder: Path, model: str, options: dict[str, Any], python: str, duty: Duty
+) -> Engine:
     from dynamo_llm.engines.isolated.engine import IsolatedEngine
     from dynamo_llm.engines.isolated.interpreter import check_interpreter
 
-    return IsolatedEngine(name, folder, model, options, check_interpreter(python, kind.extra, kind.package))
+    return IsolatedEngine(name, folder, model, options, check_interpreter(python, kind.extra, kind.package), duty)
 
 
 def _how_to_install(name: str, kind: _Kind, missing: str) -> str:

@@ -18,6 +18,22 @@ if TYPE_CHECKING:
     from dynamo_llm.transfer.metrics import TransferMetrics
 
 
+class Duty(Struct, frozen=True, kw_only=True):
+    """What an engine is to do among others. Engines that hand their KV blocks over themselves are made with it."""
+
+    role: Role = "agg"
+    host: str = "127.0.0.1"
+    """Where other workers reach this machine."""
+
+    @property
+    def hands_over(self) -> bool:
+        return self.role != "agg"
+
+
+ALONE = Duty()
+"""Whole requests only."""
+
+
 class EngineInfo(Struct, frozen=True, kw_only=True):
     """Facts that do not change while the engine lives."""
 

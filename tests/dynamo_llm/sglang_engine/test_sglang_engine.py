@@ -16,7 +16,7 @@ from fake_sglang import RECORDING, Engine
 from recorded_api import forget, install
 
 from dynamo_llm.engines import create_engine
-from dynamo_llm.engines.base import EngineError, RequestError
+from dynamo_llm.engines.base import Duty, EngineError, RequestError
 from kvstore.cards import Cleared, Removed, Stored
 from kvstore.hashing import block_hashes, root_seed
 from kvstore.wire import SamplingParams, TokenLogprob
@@ -367,6 +367,19 @@ def test_a_router_may_choose_the_room(make: Make) -> None:
     driver.submit(1, [10], kv_transfer_params={"bootstrap_room": 5})
     driver.finish(1)
     assert engine.calls[0]["bootstrap_room"] == 5
+
+
+def test_a_role_makes_the_mode(tmp_path: Path) -> None:
+    """A prefill worker's engine has a bootstrap server of its own at the worker's address; the options still win."""
+    for duty, options, expected in [
+        (Duty(role="prefill", host="127.0.0.1"), {}, ("prefill", "127.0.0.1")),
+        (Duty(role="decode", host="127.0.0.1"), {}, ("decode", "127.0.0.1")),
+        (Duty(role="decode"), {"disaggregation_mode": "null", "host": "0.0.0.0"}, ("null", "0.0.0.0")),
+    ]:
+        create_engine("sglang", tmp_path, "demo", options, duty=duty).close()
+        args = Engine.made[-1].server_args
+        assert (args.disaggregation_mode, args.host) == expected
+        assert (args.disaggregation_bootstrap_port != 8998) == (duty.role == "prefill")
 
 
 @pytest.mark.parametrize("how", ["process", "signal"])

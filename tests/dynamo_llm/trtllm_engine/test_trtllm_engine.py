@@ -14,7 +14,7 @@ from fake_tensorrt_llm import LLM, RECORDING
 from recorded_api import forget, install
 
 from dynamo_llm.engines import create_engine
-from dynamo_llm.engines.base import EngineError, RequestError
+from dynamo_llm.engines.base import Duty, EngineError, RequestError
 from kvstore.cards import Cleared, Removed, Stored
 from kvstore.hashing import block_hashes, root_seed
 from kvstore.wire import SamplingParams, TokenLogprob
@@ -519,6 +519,21 @@ def test_prefill_and_decode(make: Make) -> None:
     assert outputs[-1].kv_transfer_params is None
     with pytest.raises(RequestError, match="opaque_state"):
         decode.submit(2, [10], kv_transfer_params={**params, "opaque_state": "!"})
+
+
+def test_a_role_makes_the_transceiver(folder: Path) -> None:
+    """Engines of both roles move KV blocks; contexts are computed without the overlap scheduler; options still win."""
+    transfers = {"cache_transceiver_config": {"backend": "DEFAULT"}}
+    for role, options, expected in [
+        ("prefill", {}, {**transfers, "disable_overlap_scheduler": True}),
+        ("decode", {}, transfers),
+        ("decode", {"cache_transceiver_config": {"backend": "UCX"}}, {"cache_transceiver_config": {"backend": "UCX"}}),
+        ("agg", {}, {}),
+    ]:
+        create_engine("trtllm", folder, "demo", options, duty=Duty(role=role)).close()
+        args = LLM.made[-1].given
+        names = ("cache_transceiver_config", "disable_overlap_scheduler")
+        assert {name: args[name] for name in names if name in args} == expected
 
 
 @pytest.mark.parametrize("how", ["in a request", "refusing", "while idle"])

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.base import Duty, EngineError
+from dynamo_llm.engines.vllm_engine import transfer
 from dynamo_llm.engines.vllm_engine.options import parse_options
 
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own deprecations are not ours to mend
@@ -87,3 +90,52 @@ def test_adapters_leave_a_place_empty_unless_told(tmp_path: Path, given: dict[st
     assert options.args.enable_lora
     assert options.args.max_loras == given.get("max_loras", 3)
     assert sorted(lora.lora_int_id for lora in options.loras.values()) == [1, 2]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_role_makes_the_connector(tmp_path: Path, role: Any) -> None:
+    """Blocks move by vLLM's NixlConnector; a failed load is computed again, and the options' own connector stays."""
+    config = parse_options(tmp_path, {}, _EVENTS, Duty(role=role)).args.kv_transfer_config
+    assert config is not None
+    assert (config.kv_connector, config.kv_role, config.kv_load_failure_policy, config.kv_buffer_device) == (
+        "NixlConnector",
+        "kv_both",
+        "recompute",
+        "cpu",
+    )
+    given = {"kv_connector": "ExampleConnector", "kv_role": "kv_producer"}
+    args = parse_options(tmp_path, {"kv_transfer_config": given}, _EVENTS, Duty(role=role)).args
+    assert args.kv_transfer_config is not None
+    assert {name: getattr(args.kv_transfer_config, name) for name in given} == given
+    assert args.kv_transfer_config.kv_load_failure_policy == "fail"
+    assert parse_options(tmp_path, {}, _EVENTS).args.kv_transfer_config is None
+
+
+def test_without_nixl_a_role_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, before anything is loaded."""
+    monkeypatch.setattr(transfer, "is_nixl_available", lambda: False)
+    with pytest.raises(EngineError, match=r"nixl for the role prefill: pip install 'dynamo-llm\[nixl\]'"):
+        parse_options(tmp_path, {}, _EVENTS, Duty(role="prefill"))
+
+
+def test_each_engine_has_an_address_for_handshakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that nobody else gets while vLLM starts, at the worker's address; what the user has set stays."""
+    host, port = "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"
+    monkeypatch.delenv(host, raising=False)
+    monkeypatch.delenv(port, raising=False)
+    duty = Duty(role="decode", host="127.0.0.1")
+    args = parse_options(tmp_path, {}, _EVENTS, duty).args
+    before = dict(os.environ)
+    with transfer.environment(args, duty):
+        first = os.environ[port]
+        assert os.environ[host] == "127.0.0.1"
+        with pytest.raises(OSError, match="in use"), socket.socket() as other:
+            other.bind(("127.0.0.1", int(first)))
+    assert dict(os.environ) == before
+    monkeypatch.setenv(port, "7001")
+    with transfer.environment(args, duty):
+        assert os.environ[port] == "7001"
+    nowhere = Duty(role="decode", host="192.0.2.77")
+    monkeypatch.delenv(port)
+    with pytest.raises(EngineError, match=r"cannot listen on 192\.0\.2\.77"), transfer.environment(args, nowhere):
+        pass

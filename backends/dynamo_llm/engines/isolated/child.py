@@ -103,7 +103,7 @@ class _Child:
 
 def _make(order: Create, channel: Channel) -> Engine | None:
     try:
-        return create_engine(order.engine, Path(order.folder), order.model, order.options)
+        return create_engine(order.engine, Path(order.folder), order.model, order.options, duty=order.duty)
     except EngineError as error:
         message = str(error)
     except Exception as error:

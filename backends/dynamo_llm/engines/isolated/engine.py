@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from dynamo_llm.channel import Channel, ChannelError, Outbox
-from dynamo_llm.engines.base import EngineError, EngineInfo, EngineRequest, RequestError, StepResult
+from dynamo_llm.engines.base import ALONE, Duty, EngineError, EngineInfo, EngineRequest, RequestError, StepResult
 from dynamo_llm.engines.checks import check_request
 from dynamo_llm.engines.isolated import messages
 from dynamo_llm.engines.isolated.messages import (
@@ -50,10 +50,12 @@ logger = logging.getLogger(__name__)
 class IsolatedEngine:
     """See `engines.base.Engine`. The constructor starts the process and waits until the model is loaded."""
 
-    def __init__(self, name: str, folder: Path, model: str, options: dict[str, Any], python: str) -> None:
+    def __init__(
+        self, name: str, folder: Path, model: str, options: dict[str, Any], python: str, duty: Duty = ALONE
+    ) -> None:
         """`python`: an interpreter that `check_interpreter` found fit. Raises `EngineError`."""
         try:
-            create = messages.encode(Create(name, str(folder.absolute()), model, options))
+            create = messages.encode(Create(name, str(folder.absolute()), model, options, duty))
         except TypeError as error:
             raise EngineError(f"the {name} engine's options cannot be passed on: {error}") from None
         self._process = EngineProcess(python)

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from dynamo_llm.engines.base import EngineInfo, EngineRequest, StepResult
+from dynamo_llm.engines.base import Duty, EngineInfo, EngineRequest, StepResult
 from kvstore.wire import Load
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Grows with each change of these messages that the other side would not understand."""
 
 
@@ -23,6 +23,7 @@ class Create(Struct, frozen=True, array_like=True, tag="create"):
     folder: str
     model: str
     options: dict[str, Any]
+    duty: Duty
 
 
 class Submit(Struct, frozen=True, array_like=True, tag="submit"):

@@ -21,7 +21,7 @@ from sglang import __version__ as SGLANG_VERSION
 
 from dynamo_llm.engines.async_engine import AsyncEngine
 from dynamo_llm.engines.async_types import Delta, EngineLoad, one_line, run_blocking
-from dynamo_llm.engines.base import EngineError, EngineInfo, EngineRequest, RequestError
+from dynamo_llm.engines.base import ALONE, Duty, EngineError, EngineInfo, EngineRequest, RequestError
 from dynamo_llm.engines.kv_events import KvEventSubscriber, Translator, reachable
 from dynamo_llm.engines.sglang_engine import signals
 from dynamo_llm.engines.sglang_engine.options import parse_options
@@ -44,14 +44,14 @@ class SglangEngine(AsyncEngine):
     It belongs into a process of its own (`python`): SGLang changes signal handlers and the way processes are started.
     """
 
-    def __init__(self, folder: Path, model: str, options: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, model: str, options: dict[str, Any], duty: Duty = ALONE) -> None:
         """Raises `EngineError` for options, folders and models that cannot be served."""
         # Without it SGLang reports log-probabilities after temperature; the wire wants the model's own.
         os.environ.setdefault("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
         with contextlib.ExitStack() as undo:
             # Where the sockets of the KV events lie: a socket's path must be short.
             scratch = undo.enter_context(tempfile.TemporaryDirectory(prefix="dynamo-sglang-"))
-            self._options = parse_options(folder, options, scratch)
+            self._options = parse_options(folder, options, scratch, duty)
             self._engine = _make(self._options.args)
             undo.callback(_kill, self._engine)
             self._resolved: dict[str, Any] = self._engine.server_args.resolved_dict()

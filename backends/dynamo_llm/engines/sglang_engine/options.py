@@ -4,6 +4,7 @@
 """
 
 import json
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,7 +13,7 @@ import msgspec
 from msgspec import Struct
 from sglang.srt.server_args import ServerArgs
 
-from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.base import ALONE, Duty, EngineError
 from dynamo_llm.engines.options import check_names
 
 _OWN = ("bootstrap_host", "max_waiting")
@@ -35,12 +36,12 @@ class SglangOptions(Struct, frozen=True, kw_only=True):
     max_waiting: int
 
 
-def parse_options(folder: Path, options: Mapping[str, Any], scratch: str) -> SglangOptions:
+def parse_options(folder: Path, options: Mapping[str, Any], scratch: str, duty: Duty = ALONE) -> SglangOptions:
     """Raises `EngineError` naming the nearest known option. `scratch` is a folder for the sockets of the KV events."""
     known = set(ServerArgs.__struct_fields__) - _TAKEN
     check_names("sglang", options, known.union(_OWN), _TAKEN)
     given = {name: _coerce(name, value) for name, value in options.items() if name not in _OWN}
-    args = {**_defaults(given, scratch), **given, "model_path": str(folder)}
+    args = {**_defaults(given, scratch, duty), **given, "model_path": str(folder)}
     for name in ("dp_size", "attn_dp_size"):
         if (args.get(name) or 1) > 1:
             raise EngineError(f"{name}: start one worker per rank instead; routers balance between workers")
@@ -53,17 +54,22 @@ def parse_options(folder: Path, options: Mapping[str, Any], scratch: str) -> Sgl
         args=args,
         events=events if events.get("publisher") == "zmq" else {},
         loras=frozenset(_lora_names(args.get("lora_paths"))),
-        bootstrap_host=str(options.get("bootstrap_host", "127.0.0.1")),
+        bootstrap_host=str(options.get("bootstrap_host", duty.host)),
         max_waiting=max_waiting,
     )
 
 
-def _defaults(given: Mapping[str, Any], scratch: str) -> dict[str, Any]:
+def _defaults(given: Mapping[str, Any], scratch: str, duty: Duty) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "page_size": 16,  # SGLang's own may be 1: an event, a hash and a lookup for every token
         "enable_priority_scheduling": True,  # a request's priority would be ignored otherwise
         "schedule_low_priority_values_first": True,  # the wire's order
     }
+    if duty.hands_over:
+        # The bootstrap server of a prefill engine binds `host` (sglang/srt/managers/disagg_service.py).
+        defaults |= {"disaggregation_mode": duty.role, "host": duty.host}
+    if duty.role == "prefill":
+        defaults["disaggregation_bootstrap_port"] = _free_port(duty.host)
     if not given.get("disable_radix_cache"):
         events = {
             "publisher": "zmq",
@@ -73,6 +79,15 @@ def _defaults(given: Mapping[str, Any], scratch: str) -> dict[str, Any]:
         }
         defaults["kv_events_config"] = json.dumps(events)
     return defaults
+
+
+def _free_port(host: str) -> int:
+    """SGLang's own, 8998, is one for all prefill engines of a machine."""
+    try:
+        with socket.create_server((host, 0)) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise EngineError(f"SGLang's bootstrap server cannot listen on {host}: {error.strerror}") from None
 
 
 def _coerce(name: str, value: Any) -> Any:

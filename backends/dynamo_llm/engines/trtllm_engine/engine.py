@@ -14,7 +14,7 @@ from typing import Any
 
 from dynamo_llm.engines.async_engine import AsyncEngine
 from dynamo_llm.engines.async_types import Delta, EngineDied, EngineLoad, one_line, prompt_tokens, run_blocking
-from dynamo_llm.engines.base import EngineError, EngineInfo, EngineRequest, RequestError
+from dynamo_llm.engines.base import ALONE, Duty, EngineError, EngineInfo, EngineRequest, RequestError
 from dynamo_llm.engines.model_files import read_eos_token_ids, read_json
 from dynamo_llm.engines.trtllm_engine.events import Events
 from dynamo_llm.engines.trtllm_engine.handover import to_disaggregated
@@ -40,9 +40,9 @@ _FIGURES_S = 30.0
 class TrtllmEngine(AsyncEngine):
     """See the module's docstring. The constructor loads the model, which takes a minute or more."""
 
-    def __init__(self, folder: Path, model: str, options: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, model: str, options: dict[str, Any], duty: Duty = ALONE) -> None:
         """Raises `EngineError` for options, folders and models that cannot be served."""
-        self._options = parse_options(folder, options)
+        self._options = parse_options(folder, options, duty)
         self._following = True
         """Fetch figures and events. Cancelling alone may fail: `asyncio.wait_for`, inside TensorRT-LLM, can lose it."""
         config = read_json(folder / "config.json")

@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.base import ALONE, Duty, EngineError
 from dynamo_llm.engines.options import check_names, lora_folders
 from dynamo_llm.engines.trtllm_engine.vendor import LoRARequest, TorchLlmArgs
 
@@ -42,12 +42,12 @@ class TrtllmOptions(Struct, frozen=True, kw_only=True):
         return bool(self.args.get("sampler_type") != "TRTLLMSampler")
 
 
-def parse_options(folder: Path, options: Mapping[str, Any]) -> TrtllmOptions:
+def parse_options(folder: Path, options: Mapping[str, Any], duty: Duty = ALONE) -> TrtllmOptions:
     """Raises `EngineError` naming the nearest known option."""
     check_names("trtllm", options, {*TorchLlmArgs.model_fields, *_OWN}, _TAKEN)
     folders = lora_folders(options.get("lora_modules"))
     given = {name: _table(value) for name, value in options.items() if name not in _OWN}
-    args = {**_defaults(given, folders), **given, "model": str(folder)}
+    args = {**_defaults(given, folders, duty), **given, "model": str(folder)}
     cache = args.get("kv_cache_config", {})
     if not isinstance(cache, Mapping):
         raise EngineError("trtllm engine options: kv_cache_config must be a table of KvCacheConfig's fields")
@@ -66,12 +66,17 @@ def parse_options(folder: Path, options: Mapping[str, Any]) -> TrtllmOptions:
     return TrtllmOptions(args=args, loras=loras, max_waiting=max_waiting)
 
 
-def _defaults(given: Mapping[str, Any], folders: Mapping[str, str]) -> dict[str, Any]:
+def _defaults(given: Mapping[str, Any], folders: Mapping[str, str], duty: Duty) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "enable_iter_perf_stats": True,  # the size of the KV cache and the load come with them
         # Prompts and answers are tokens; guided decoding alone has to know how they are spelt.
         "skip_tokenizer_init": not given.get("guided_decoding_backend"),
     }
+    if duty.hands_over:
+        defaults["cache_transceiver_config"] = {"backend": "DEFAULT"}
+    if duty.role == "prefill":
+        # Contexts for others cannot be computed with it (docs/source/features/disagg-serving.md of TensorRT-LLM).
+        defaults["disable_overlap_scheduler"] = True
     if folders:
         defaults["lora_config"] = {
             "lora_dir": list(folders.values())[:1],  # it takes one, and reads off it which layers adapters change

@@ -28,13 +28,14 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from dynamo_llm.engines.async_engine import AsyncEngine
 from dynamo_llm.engines.async_types import Delta, EngineDied, EngineLoad, one_line, run_blocking
-from dynamo_llm.engines.base import EngineError, EngineInfo, EngineRequest, RequestError
+from dynamo_llm.engines.base import ALONE, Duty, EngineError, EngineInfo, EngineRequest, RequestError
 from dynamo_llm.engines.kv_events import KvEventSubscriber, Translator
 from dynamo_llm.engines.kv_events.subscribe import reachable
 from dynamo_llm.engines.vllm_engine.figures import Figures
 from dynamo_llm.engines.vllm_engine.options import parse_options
 from dynamo_llm.engines.vllm_engine.outputs import to_delta
 from dynamo_llm.engines.vllm_engine.sampling import prompt_ids, to_vllm
+from dynamo_llm.engines.vllm_engine.transfer import environment, lease_s
 from kvstore.cards import Role
 from kvstore.wire import Load
 
@@ -47,18 +48,26 @@ _SHUTDOWN_S = 10.0
 class VllmEngine(AsyncEngine):
     """See the module's docstring. The constructor loads the model, which takes tens of seconds."""
 
-    def __init__(self, folder: Path, model: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        options: dict[str, Any],
+        duty: Duty = ALONE,
+    ) -> None:
         """Raises `EngineError` for options, folders and models that cannot be served."""
         _prepare_environment()
         with contextlib.ExitStack() as undo:
             # Where the sockets of the KV events lie: a socket's path must be short.
             scratch = undo.enter_context(tempfile.TemporaryDirectory(prefix="dynamo-vllm-"))
-            self._options = parse_options(folder, options, _events_config(scratch))
+            self._options = parse_options(folder, options, _events_config(scratch), duty)
+            self._lease_s = lease_s(self._options.args)
             super().__init__("vllm", max_waiting=self._options.max_waiting)
             self._pace = self._figures = Figures()
             self._translator: Translator | None = None
             try:
-                self._llm = self.call(self._make())
+                with environment(self._options.args, duty):
+                    self._llm = self.call(self._make())
                 undo.callback(_shut_down, self._llm)
                 self.call(self._load_adapters())
                 self.info = _info(self._llm, model)
@@ -147,7 +156,7 @@ class VllmEngine(AsyncEngine):
         try:
             async with aclosing(stream):
                 async for output in stream:
-                    delta = to_delta(output, prepared.params.num_logprobs, sampling.prompt_logprobs)
+                    delta = to_delta(output, prepared.params.num_logprobs, sampling.prompt_logprobs, self._lease_s)
                     ended = delta.finish_reason is not None
                     if not first and delta.token_ids:
                         first = True

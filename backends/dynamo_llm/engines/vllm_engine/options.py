@@ -17,9 +17,10 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from dynamo_llm.engines.async_types import one_line
-from dynamo_llm.engines.base import EngineError
+from dynamo_llm.engines.base import ALONE, Duty, EngineError
 from dynamo_llm.engines.options import check_names, lora_folders
 from dynamo_llm.engines.vllm_engine.coerce import coerce
+from dynamo_llm.engines.vllm_engine.transfer import connector
 
 _OWN = ("lora_modules", "max_waiting")
 """Options of ours beside vLLM's."""
@@ -38,14 +39,19 @@ class VllmOptions(Struct, frozen=True):
     max_waiting: int
 
 
-def parse_options(folder: Path, options: Mapping[str, Any], events: KVEventsConfig) -> VllmOptions:
+def parse_options(
+    folder: Path,
+    options: Mapping[str, Any],
+    events: KVEventsConfig,
+    duty: Duty = ALONE,
+) -> VllmOptions:
     """Raises `EngineError` naming the nearest known option. `events` is used unless the options bring their own."""
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs) if field.init} - _TAKEN
     check_names("vllm", options, known.union(_OWN), _TAKEN)
     folders = lora_folders(options.get("lora_modules"))
     loras = {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(folders.items(), 1)}
     given = {name: value for name, value in options.items() if name not in _OWN}
-    values = {**_defaults(given, events, len(loras)), **given}
+    values = {**_defaults(given, events, len(loras), duty), **given}
     try:
         arguments = {name: coerce(AsyncEngineArgs, name, value) for name, value in values.items()}
         max_waiting = int(options.get("max_waiting", 1024))
@@ -57,7 +63,7 @@ def parse_options(folder: Path, options: Mapping[str, Any], events: KVEventsConf
     return VllmOptions(args, loras, max_waiting)
 
 
-def _defaults(given: Mapping[str, Any], events: KVEventsConfig, loras: int) -> dict[str, Any]:
+def _defaults(given: Mapping[str, Any], events: KVEventsConfig, loras: int, duty: Duty) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "scheduling_policy": "priority",  # a request's priority would be ignored; equal ones are served as they come
         "max_logprobs": 100,  # as many as the wire allows
@@ -65,6 +71,8 @@ def _defaults(given: Mapping[str, Any], events: KVEventsConfig, loras: int) -> d
     }
     if given.get("enable_prefix_caching", True):
         defaults["kv_events_config"] = events
+    if "kv_transfer_config" not in given and (config := connector(duty)) is not None:
+        defaults["kv_transfer_config"] = config
     if loras:
         defaults["enable_lora"] = True
         if current_platform.is_cpu():

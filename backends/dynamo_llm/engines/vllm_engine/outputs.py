@@ -1,6 +1,7 @@
 """What vLLM says of a request in a step, in the wire's terms. Pure. `VllmEngine.generate` calls it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
@@ -17,8 +18,9 @@ _REASONS: dict[str, FinishReason] = {
 }
 
 
-def to_delta(output: RequestOutput, logprobs: int | None, prompt_logprobs: int | None) -> Delta:
-    """`logprobs`, `prompt_logprobs`: how many likeliest tokens were asked for, None for none."""
+def to_delta(output: RequestOutput, logprobs: int | None, prompt_logprobs: int | None, lease_s: float = 0.0) -> Delta:
+    """`logprobs`, `prompt_logprobs`: how many likeliest tokens were asked for, None for none. `lease_s`: how long the
+    blocks of a prefill are kept."""
     completion = output.outputs[0]
     token_ids = list(completion.token_ids)
     reason = None if completion.finish_reason is None else _REASONS.get(completion.finish_reason, "error")
@@ -31,11 +33,19 @@ def to_delta(output: RequestOutput, logprobs: int | None, prompt_logprobs: int |
         # Both of the engine core's clock; the way there is not in it.
         queue_ms=0.0 if stats is None else max(stats.scheduled_ts - stats.queued_ts, 0.0) * 1e3,
         prompt_logprobs=_prompt_logprobs(output, prompt_logprobs),
-        kv_transfer_params=output.kv_transfer_params,
+        kv_transfer_params=_handed_over(output.kv_transfer_params, lease_s),
         error=WireError("engine_failure", "vLLM could not go on with the request; its log says why")
         if reason == "error"
         else None,
     )
+
+
+def _handed_over(params: dict[str, Any] | None, lease_s: float) -> dict[str, Any] | None:
+    """vLLM's own, and beside them `lease_s`, which vLLM passes over. Its decode side reads whatever is in the blocks by
+    then, so it is for the router to know when that may not be the prompt's any more."""
+    if not params or not params.get("do_remote_prefill"):
+        return params
+    return {**params, "lease_s": lease_s}
 
 
 def _logprobs(
