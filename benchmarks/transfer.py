@@ -56,7 +56,7 @@ class Raw:
     """The least that NIXL lets one do, on the pool's own memory: an agent, prepared lists, a READ, a loop."""
 
     def __init__(self, name: str, data: Any) -> None:
-        import nixl_cu12 as nixl
+        import nixl
 
         self._agent = nixl.nixl_agent(name, nixl.nixl_agent_config(enable_prog_thread=False))
         self._agent.register_memory([(data.ctypes.data, data.nbytes, 0, "")], "DRAM")

@@ -30,7 +30,6 @@ PLACES = {
     "tensorrt_llm": ["backends/dynamo_llm/engines/trtllm_engine/vendor.py"],
     "zmq": ["backends/dynamo_llm/engines/kv_events/*"],
     "nixl": ["backends/dynamo_llm/transfer/agent.py"],
-    "nixl_cu12": ["backends/dynamo_llm/transfer/agent.py"],
     "starlette": ["router/*"],
     "uvicorn": ["router/*"],
     "tokenizers": ["kvstore/text.py", "router/*"],

@@ -120,28 +120,18 @@ class NixlAgent:
 
 
 def _import_nixl() -> Any:
-    """The module of the wheel for CUDA 12, else of the meta package, whatever it stands for."""
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     os.environ.setdefault("UCX_LOG_LEVEL", "error")  # its warnings go to stdout
     before = logging.raiseExceptions
     try:
-        return _first_module()
+        import nixl
     except ImportError:
         raise TransferError(
             "missing", "moving KV blocks between workers needs nixl: pip install 'dynamo-llm[nixl]'"
         ) from None
     finally:
         logging.raiseExceptions = before  # NIXL switches it off for the whole process
-
-
-def _first_module() -> Any:
-    try:
-        import nixl_cu12
-    except ImportError:
-        import nixl
-
-        return nixl
-    return nixl_cu12
+    return nixl
 
 
 def _with_device(descriptors: Descriptors, device: int) -> Descriptors:
