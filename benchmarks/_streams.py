@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from _cluster import MODEL
@@ -45,16 +46,25 @@ class Answer:
 
     prompt: int
     text: str = ""
-    events: int = 0
-    """Those with text. The first is the prefill worker's, where there was one."""
+    times_s: list[float] = field(default_factory=list)
+    """When its events with text came, monotonic. The first is the prefill worker's, where there was one."""
     status: int = 0
     error: str = ""
     """What the client was told, or what broke off."""
     instance: str = ""
     prefill_instance: str = ""
     """Where it ran when its first token came."""
-    longest_gap_s: float = 0.0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def events(self) -> int:
+        """Those with text."""
+        return len(self.times_s)
+
+    @property
+    def longest_gap_s(self) -> float:
+        """Between two events with text."""
+        return max((after - before for before, after in pairwise(self.times_s)), default=0.0)
 
 
 class Client:
@@ -117,11 +127,8 @@ class Client:
             if answer.status != 200:
                 answer.error = (await reader.readexactly(int(headers["content-length"]))).decode()
                 return
-            last_s = time.monotonic()
             async for event in _events(reader):
                 _take(answer, event)
-                now_s = time.monotonic()
-                answer.longest_gap_s, last_s = max(answer.longest_gap_s, now_s - last_s), now_s
         finally:
             writer.close()
 
@@ -136,7 +143,7 @@ def _take(answer: Answer, event: str) -> None:
     for choice in document["choices"]:
         if choice["text"]:
             answer.text += choice["text"]
-            answer.events += 1
+            answer.times_s.append(time.monotonic())
 
 
 async def _read_head(reader: asyncio.StreamReader) -> dict[str, str]:

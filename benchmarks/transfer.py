@@ -1,9 +1,11 @@
-"""GB/s of KV block transfers between two worker processes, beside a raw NIXL loop with the same bytes.
+"""GB/s of KV block transfers between two worker processes, beside a raw NIXL loop, and what they add to a request.
 
-Two processes hold a pool each, in plain memory. The reader reads 1, 16, 256 and 4,096 of the writer's blocks, chosen
-anywhere, by our layer (READ, stamp, release; the time is from the call to the word that it is done) and by a loop of
-its own that does nothing but NIXL's minimum: a READ made from prepared lists, posted and polled for. Both use the same
-blocks, in turns within one run, after a warm-up that does not count; the result is the median.
+First, two processes hold a pool each, in plain memory. The reader reads 1, 16, 256 and 4,096 of the writer's blocks,
+chosen anywhere, by our layer (READ, stamp, release; the time is from the call to the word that it is done) and by a
+loop of its own that does nothing but NIXL's minimum: a READ made from prepared lists, posted and polled for. Both use
+the same blocks, in turns within one run, after a warm-up that does not count; the result is the median.
+
+Then requests go to a disaggregated and to an aggregated cluster in turns (`_handover.py`).
 """
 
 import argparse
@@ -22,6 +24,7 @@ os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
 os.environ.setdefault("UCX_LOG_LEVEL", "error")
 os.environ.setdefault("UCX_NET_DEVICES", "lo")
 
+import _handover
 import numpy as np
 
 from dynamo_llm.transfer import KvTransfer, Layout, TransferError
@@ -203,9 +206,8 @@ def sort_both(remote: list[int], local: list[int]) -> tuple[list[int], list[int]
 
 
 def report(rates: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON document. The ratio is the median of the rounds' ratios: both ways had the same moment."""
+    """The JSON document's part on blocks. A ratio is the median of the rounds': both ways had the same moment."""
     return {
-        "machine": {"cores": len(os.sched_getaffinity(0)), "cpu": platform.machine()},
         "workload": {"block_bytes": BLOCK_BYTES, "rounds": args.rounds, "contiguous": args.contiguous},
         "transports": os.environ.get("UCX_TLS", "all"),
         "gb_per_s": {way: {n: round(statistics.median(v), 3) for n, v in of.items()} for way, of in rates.items()},
@@ -218,17 +220,25 @@ def report(rates: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 def table(document: dict[str, Any]) -> str:
     """For people."""
-    lines = [f"{'blocks':>8} {'ours':>8} {'raw':>8} {'ratio':>7}   (GB/s, median)"]
-    for n, ratio in document["ratio_to_raw"].items():
+    lines = []
+    if "ratio_to_raw" in document:
+        lines.append(f"{'blocks':>8} {'ours':>8} {'raw':>8} {'ratio':>7}   (GB/s, median)")
+    for n, ratio in document.get("ratio_to_raw", {}).items():
         ours, raw = (document["gb_per_s"][way][n] for way in ("ours", "raw"))
         lines.append(f"{n:>8} {ours:>8.2f} {raw:>8.2f} {ratio:>7.2f}")
+    for n, prompt in document.get("ms_by_prompt_tokens", {}).items():
+        lines.append(f"prompt of {n} tokens, median ms")
+        for name, figures in prompt.items():
+            lines.append(f"{name:>15}: " + ", ".join(f"{what} {ms:.2f}" for what, ms in figures.items()))
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 16, 256, 4096], metavar="N", help="blocks a pull")
+    parser.add_argument("--blocks", type=int, nargs="*", default=[1, 16, 256, 4096], metavar="N", help="blocks a pull")
+    lengths = [128, 1024, 1900]
+    parser.add_argument("--prompts", type=int, nargs="*", default=lengths, metavar="N", help="tokens of a request")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds after the warm-up (default: 15)")
     parser.add_argument("--contiguous", action="store_true", help="blocks in a row instead of anywhere")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
@@ -236,10 +246,14 @@ def main() -> int:
     if args.serve:
         serve(args.serve)
         return 0
+    document: dict[str, Any] = {"machine": {"cores": len(os.sched_getaffinity(0)), "cpu": platform.machine()}}
     try:
-        document = report(measure(args), args)
+        if args.blocks:
+            document |= report(measure(args), args)
     except TransferError as error:
         raise SystemExit(str(error)) from None
+    if args.prompts:
+        document["ms_by_prompt_tokens"] = _handover.measure(args.prompts, args.rounds)
     print(json.dumps(document, indent=2) if args.json else table(document))
     return 0
 
