@@ -13,10 +13,12 @@ VLLM_VENV  := .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/installed
 VLLM_TEST_PACKAGES := 'pytest>=8.3' 'pytest-asyncio>=0.25' 'pytest-timeout>=2.3'
+DYNAMO_VENV := .venv-dynamo
+DYNAMO := ai-dynamo==1.6.1
 VLLM_REQUIREMENTS := backends/dynamo_llm/engines/vllm_engine/requirements.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm vllm-env check format bench clean
+.PHONY: help demo test test-vllm vllm-env dynamo-env check format bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +30,8 @@ test: $(STAMP)  ## Run the whole test suite
 	$(BIN)/python -m pytest
 
 vllm-env: $(VLLM_STAMP)  ## Build .venv-vllm, the vLLM engine's own environment (CPU, Python 3.11 or 3.12, 3.5 GB)
+
+dynamo-env: $(DYNAMO_VENV)/installed  ## Build .venv-dynamo, the peer of benchmarks/router.py and index.py
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## Run the tests that need vLLM: in its environment, and from a worker's
 	$(VLLM_BIN)/python -m pytest --confcutdir=tests/dynamo_llm/vllm_engine tests/dynamo_llm/vllm_engine
@@ -49,7 +53,7 @@ bench: $(STAMP)  ## Run the benchmarks
 	done
 
 clean:  ## Delete the virtual environment and all caches
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DYNAMO_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 # $(call make-venv,FOLDER,OLDEST): a virtual environment of the first fit Python. Candidates are run, not only looked up: a
@@ -83,4 +87,14 @@ $(VLLM_STAMP): pyproject.toml $(VLLM_REQUIREMENTS) | $(VLLM_BIN)/python
 	$(VLLM_BIN)/python $(VLLM_REQUIREMENTS) > $(VLLM_VENV)/requirements.txt
 	$(VLLM_BIN)/python -m pip install --disable-pip-version-check \
 	  '$(TORCH)' -r $(VLLM_VENV)/requirements.txt -e '.[nixl]' $(VLLM_TEST_PACKAGES)
+	@touch $@
+
+$(DYNAMO_VENV)/bin/python:
+	$(call make-venv,$(DYNAMO_VENV),10)
+
+# Its frontend and mockers need no more than this of what its metadata asks for.
+$(DYNAMO_VENV)/installed: | $(DYNAMO_VENV)/bin/python
+	$(DYNAMO_VENV)/bin/python -m pip install --disable-pip-version-check --no-deps '$(DYNAMO)'
+	$(DYNAMO_VENV)/bin/python -m pip install --disable-pip-version-check \
+	  '$(subst ai-dynamo,ai-dynamo-runtime,$(DYNAMO))' packaging pyyaml msgspec
 	@touch $@
