@@ -40,6 +40,8 @@ class InstanceCard(Struct, frozen=True, kw_only=True):
     """Grows at each start of the engine; milliseconds since 1970."""
     nixl: str | None = None
     """Name of the blob with what others need to read its KV blocks."""
+    kv_events: bool = True
+    """False: its engine reuses KV blocks and announces none; routers guess what it holds."""
     prefill_queue: bool = False
     """Calls for requests of the prefill queue when it has room (`kvstore.prefill_caller`)."""
     pid: int = 0

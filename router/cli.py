@@ -75,6 +75,14 @@ def router(
         float,
         typer.Option(min=0, help="Of the kv policy: weight of prefill against decode.", rich_help_panel=_PLACEMENT),
     ] = _DEFAULT.placement.prefill_load_scale,
+    predicted_ttl: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds that a block counts as cached on a worker without KV events, after its last use.",
+            rich_help_panel=_PLACEMENT,
+        ),
+    ] = _DEFAULT.placement.predicted_ttl_s,
     max_inflight: Annotated[
         int, typer.Option(min=1, help="Sequences in flight; more are answered 429.", rich_help_panel=_LIMITS)
     ] = _DEFAULT.max_inflight,
@@ -105,6 +113,7 @@ def router(
             policy=policy.value,
             temperature=temperature,
             prefill_load_scale=prefill_load_scale,
+            predicted_ttl_s=predicted_ttl,
         ),
         max_inflight=max_inflight,
         max_body_bytes=max_body_mib * 2**20,

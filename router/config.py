@@ -25,6 +25,8 @@ class PlacementSettings(Struct, frozen=True, kw_only=True):
     host_credit: float = 0.75
     disk_credit: float = 0.25
     """What a cached block of each tier saves, in blocks."""
+    predicted_ttl_s: float = 120.0
+    """How long a block is taken to be on a worker that announces none, after its last use (`predicted_cache.py`)."""
     temperature: float = 0.0
     """0: the lowest cost wins. Else a softmax over the costs, scaled to [0, 1]."""
 

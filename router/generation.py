@@ -7,6 +7,8 @@ prompt is computed by a prefill worker first, `prefill_stage.py` sees to that.
 
 import asyncio
 import random
+import time
+from array import array
 from collections.abc import Callable
 
 from kvstore import wire
@@ -154,6 +156,8 @@ class Generation:
             sequence.announce(placed)
             if sequence.ended is not None:
                 await sequence.ended
+            if worker.predicted is not None:
+                worker.predicted.hold(_all_hashes(job), time.monotonic())
         except WorkerLost as error:
             raise Retry(wire.WireError("engine_failure", str(error)), lost=True) from error
         finally:
@@ -219,6 +223,16 @@ def _account(job: Job, choice: Choice, stage: PrefillStage, failure: Retry | Non
     metrics.prompt_blocks += placed.prompt_blocks
     metrics.reused_blocks += placed.reused_blocks
     return placed
+
+
+def _all_hashes(job: Job) -> list[int]:
+    """Of the prompt and what was generated behind it, but for the last token, whose KV nobody has computed."""
+    request, size = job.sequence.request, job.model.block_size
+    begun = len(job.hashes) * 4 * size
+    rest = request.token_ids[begun:] + array("I", job.sequence.token_ids[:-1]).tobytes()
+    seed = job.hashes[-1] if job.hashes else root_seed(job.model.name, request.lora, request.cache_salt)
+    more: list[int] = block_hashes(rest, size, seed=seed).tolist()
+    return job.hashes + more
 
 
 def _expire(sequence: GeneratedSequence) -> None:

@@ -72,13 +72,15 @@ class WorkerLoad:
                 self._mark_reported(rid)
             self._awaiting_report.clear()
 
-    def first_token(self, rid: int) -> None:
-        """The request's prefill is done."""
+    def first_token(self, rid: int) -> Sequence[int]:
+        """The request's prefill is done: the hashes of its prompt's blocks; none for an unknown request."""
         self._mark_reported(rid)
         tracked = self._requests.get(rid)
-        if tracked is not None:
-            self._own_prefill -= tracked.prefill_blocks
-            tracked.prefill_blocks = 0
+        if tracked is None:
+            return ()
+        self._own_prefill -= tracked.prefill_blocks
+        tracked.prefill_blocks = 0
+        return tracked.hashes
 
     def remove(self, rid: int) -> None:
         """The request has left the worker. Unknown ones are ignored."""

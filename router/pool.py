@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
@@ -104,7 +105,12 @@ class Pool:
     def match(self, model: str, hashes: Sequence[int]) -> Mapping[str, Match]:
         known = self._models.find(model)
         mirror = self.mirror(known) if known is not None else None
-        return mirror.match(hashes) if mirror is not None else {}
+        matches = mirror.match(hashes) if mirror is not None else {}
+        now_s = time.monotonic()
+        for connection in self._connections.get(model, {}).values():
+            if connection.predicted is not None and (blocks := connection.predicted.match(hashes, now_s)):
+                matches[connection.instance] = Match(blocks, 0, 0, 0)
+        return matches
 
     async def wait_for_change(self, timeout_s: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
@@ -222,7 +228,8 @@ class Pool:
         if reading is not None:
             reading.add_done_callback(lambda _: self._pulse())
         timeouts_s = (self._config.connect_timeout_s, self._config.control_timeout_s)
-        async with WorkerConnection(instance.card, self._session, *timeouts_s, self._pulse) as connection:
+        ttl_s = self._config.placement.predicted_ttl_s
+        async with WorkerConnection(instance.card, self._session, *timeouts_s, self._pulse, ttl_s) as connection:
             instance.connection = connection
             by_id = self._connections.setdefault(card.model, {})
             by_id[card.instance] = connection

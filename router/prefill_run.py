@@ -139,7 +139,7 @@ class PrefillRun:
             all_.started = output.started
             self._job.metrics.disagg.queue_s.observe(output.started.queue_ms / 1000.0)
         if output.token_ids:
-            self.worker.load.first_token(self._rid)
+            self.worker.first_token(self._rid)
             all_.token_ids += output.token_ids
         if output.logprobs is not None:
             all_.logprobs = (all_.logprobs or []) + output.logprobs

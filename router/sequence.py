@@ -229,7 +229,7 @@ class Sequence:
         if not self.prefilled:
             self.prefilled = True
             if self._worker is not None:
-                self._worker.load.first_token(self._rid)
+                self._worker.first_token(self._rid)
         self._last_at = now
 
     def _take(

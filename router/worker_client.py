@@ -17,7 +17,9 @@ import grpc
 from kvstore import wire
 from kvstore.cards import InstanceCard
 from kvstore.tasks import spawn, stop
+from router.config import PlacementSettings
 from router.loads import WorkerLoad
+from router.predicted_cache import PredictedCache
 from router.worker_session import Sink, WorkerLost, WorkerSession, one_line
 
 logger = logging.getLogger(__name__)
@@ -38,11 +40,14 @@ class WorkerConnection:
         connect_timeout_s: float,
         control_timeout_s: float,
         on_change: Callable[[], None] = lambda: None,
+        predicted_ttl_s: float = PlacementSettings().predicted_ttl_s,
     ) -> None:
         """`on_change` is called whenever `ready` may have changed."""
         self.card = card
         self.instance = card.instance
         self.load = WorkerLoad(card.block_size)
+        self.predicted = None if card.kv_events else PredictedCache(card.kv_blocks, predicted_ttl_s)
+        """Of an engine that announces no blocks."""
         self.sessions = 0
         """Opened so far: what was sent while the number was another one went with its session."""
         self.last_error = "not connected yet"
@@ -110,6 +115,12 @@ class WorkerConnection:
         if self._session is not None:
             self._session.send(wire.Cancel(rid))
 
+    def first_token(self, rid: int) -> None:
+        """A request's prompt has been computed there."""
+        hashes = self.load.first_token(rid)
+        if self.predicted is not None:
+            self.predicted.hold(hashes, time.monotonic())
+
     async def wait_idle(self) -> None:
         """Wait until no request of this router is in flight there."""
         await self._idle.wait()
@@ -176,6 +187,8 @@ class WorkerConnection:
         session.inflight.clear()
         self._idle.set()
         self.load.clear()
+        if self.predicted is not None:
+            self.predicted.clear()
         for sink in sinks:
             _guarded(sink, sink.on_lost, reason)
 

@@ -29,6 +29,7 @@ def make_card(config: WorkerConfig, engine: Engine, **rest: Any) -> InstanceCard
         block_size=info.block_size,
         kv_blocks=info.kv_blocks,
         max_context=info.max_context,
+        kv_events=info.announces_blocks,
         pid=os.getpid(),
         started_s=time.time(),
         **rest,

@@ -113,6 +113,7 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
         files: Mapping[str, bytes] = FILES,
         role: Role = "agg",
         prefill_queue: bool = False,
+        kv_events: bool = True,
     ) -> None:
         self.instance = instance
         self.script = script
@@ -121,6 +122,7 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.files = files
         self.role: Role = role
         self.prefill_queue = prefill_queue
+        self.kv_events = kv_events
         self.submits: list[wire.Submit] = []
         self.cancels: list[int] = []
         self.batches: list[wire.ControlBatch] = []
@@ -169,6 +171,7 @@ class ScriptedWorker(service_pb2_grpc.GRPCInferenceServiceServicer):
             model=self.model,
             role=self.role,
             prefill_queue=self.prefill_queue,
+            kv_events=self.kv_events,
             grpc_address=self.address,
             engine="scripted",
             block_size=self.block_size,

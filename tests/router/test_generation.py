@@ -1,12 +1,24 @@
 """The routing layer in front of scripted workers: one answer per request, whatever happens to the workers."""
 
 import asyncio
+from array import array
 from typing import Any
 
 import msgspec
 import openai
 import pytest
-from scripted_worker import EOS, MAX_CONTEXT, TOKENIZER, ids_of, prompt_of, refuses, refuses_late, says, silent
+from scripted_worker import (
+    BLOCK_SIZE,
+    EOS,
+    MAX_CONTEXT,
+    TOKENIZER,
+    ids_of,
+    prompt_of,
+    refuses,
+    refuses_late,
+    says,
+    silent,
+)
 
 from kvstore import wire
 from kvstore.connect import connect
@@ -364,6 +376,26 @@ async def test_placed_where_the_prefix_is(cluster, eventually) -> None:
         assert result.placed.reason == "kv"
     salted = await router.generation.generate(request(prompt, cache_salt="tenant"))
     assert (salted.placed.reused_blocks, salted.placed.reason) == (0, "load")
+
+
+async def test_placed_where_the_prefix_probably_is(cluster, eventually) -> None:
+    """Of workers that announce no blocks, the one that computed a prompt, and its answer, gets what begins alike; until
+    its session is lost, which may have been its engine's end."""
+    workers = [await cluster.worker(says(TEXT, per_frame=5), kv_events=False) for _ in range(3)]
+    router = await cluster.router()
+    prompt = "a long system prompt, " * 40
+    first = (await router.generation.generate(request(prompt))).placed
+    assert (first.reused_blocks, first.reason) == (0, "load")
+    known = TOKENIZER.encode(prompt) + array("I", ids_of(TEXT)).tobytes()
+    turn = msgspec.structs.replace(request(), token_ids=known + TOKENIZER.encode(" and so on"))
+    later = (await router.generation.generate(turn)).placed
+    assert (later.instance, later.reason) == (first.instance, "kv")
+    assert later.reused_blocks == len(known) // 4 // BLOCK_SIZE
+    holder = next(worker for worker in workers if worker.instance == first.instance)
+    holder.end_session("closed")
+    connections = {c.instance: c for c in router.pool.connections()}
+    await eventually(lambda: connections[first.instance].sessions == 2)
+    assert (await router.generation.generate(request(prompt))).placed.reused_blocks == 0
 
 
 async def test_round_robin(cluster) -> None:

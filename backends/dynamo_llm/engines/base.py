@@ -46,6 +46,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     max_context: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    announces_blocks: bool = True
+    """False: it reuses KV blocks and does not tell which, so that routers have to guess."""
     roles: tuple[Role, ...] = ("agg",)
     """Those that its worker can have: whether it computes prompts for others, and takes theirs."""
 

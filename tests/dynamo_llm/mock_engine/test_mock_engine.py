@@ -297,6 +297,20 @@ def test_cached_tokens_and_load(make: Make) -> None:
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
+def test_blocks_that_are_not_announced(make: Make) -> None:
+    """Without KV events the cache is used all the same, and the engine says that nobody hears of it."""
+    engine = make(kv_events=False, block_size=16)
+    driver = Driver(engine)
+    assert not engine.info.announces_blocks
+    prompt = list(range(10, 74))
+    for key in (1, 2):
+        driver.submit(key, prompt)
+        driver.finish(key)
+    assert driver.outputs[2][0].started.cached_tokens > 0
+    assert driver.ops == []
+    assert make(kv_events=False, prefix_caching=False).info.announces_blocks
+
+
 @pytest.mark.parametrize("speed_up", [1.0, 4.0])
 def test_steps_take_their_time(make: Make, monkeypatch: pytest.MonkeyPatch, speed_up: float) -> None:
     """A request takes what the timing says, over `speed_up`, even where each wait lasts too long."""

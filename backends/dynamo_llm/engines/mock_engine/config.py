@@ -31,6 +31,8 @@ class MockConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Most tokens of a sequence, prompt and output together; None: the model's own limit, or what fits the pool."""
     prefix_caching: bool = True
     """Reuse the KV blocks of earlier sequences that begin alike, and announce them."""
+    kv_events: bool = True
+    """Announce them. False imitates an engine that reuses blocks and does not tell."""
     speed_up: Annotated[float, Meta(gt=0)] = 1.0
     """By how much time runs faster than the timing says; `inf`: steps follow each other at once."""
     prefill_ms: _Coefficients = Timing().prefill

@@ -37,6 +37,7 @@ class MockEngine(SteppingEngine[MockRequest]):
         self._scheduler: MockScheduler[MockRequest] = MockScheduler(
             blocks, config.timing, max_batch_tokens=config.max_batch_tokens, max_seqs=config.max_seqs
         )
+        self._announces = config.kv_events
         self._speed_up = config.speed_up
         self._speed = Speed()
         self._with_logprobs = 0
@@ -65,7 +66,8 @@ class MockEngine(SteppingEngine[MockRequest]):
         return self._scheduler.load(self._speed.prefill_tokens_per_s, self._speed.decode_step_ms)
 
     def take_ops(self) -> list[KvOp]:
-        return self._scheduler.blocks.take_ops()
+        ops = self._scheduler.blocks.take_ops()
+        return ops if self._announces else []
 
     def interrupt(self) -> None:
         self._closed.set()
@@ -157,4 +159,5 @@ def _info(folder: Path, model: str, config: MockConfig) -> EngineInfo:
         ),
         vocab_size=vocab_size,
         eos_token_ids=read_eos_token_ids(folder, raw),
+        announces_blocks=config.kv_events or not config.prefix_caching,
     )

@@ -86,11 +86,12 @@ class SglangEngine(AsyncEngine):
             max_context=min(int(config.context_len), capacity_tokens),
             vocab_size=int(config.vocab_size),
             eos_token_ids=tuple(sorted(config.hf_eos_token_id or ())),
+            announces_blocks=bool(self._options.events or self._resolved.get("disable_radix_cache")),
             roles=_ROLES.get(str(self._resolved["disaggregation_mode"]), ("agg",)),
         )
 
     def _follow_events(self, undo: contextlib.ExitStack) -> None:
-        """Until `undo` is carried out. Without a publisher there are none, and routers place by load alone."""
+        """Until `undo` is carried out. Without a publisher there are none, and routers guess."""
         events = self._options.events
         if not events:
             return

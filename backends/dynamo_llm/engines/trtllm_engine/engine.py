@@ -89,6 +89,7 @@ class TrtllmEngine(AsyncEngine):
             max_context=min(int(own), kv_blocks * block_size),
             vocab_size=int(text["vocab_size"]),
             eos_token_ids=read_eos_token_ids(folder, text),
+            announces_blocks=self._options.publishes_events or not self._options.reuses_blocks,
             roles=("agg",) if args.cache_transceiver_config is None else ("agg", "prefill", "decode"),
         )
 

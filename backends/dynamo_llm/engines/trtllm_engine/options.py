@@ -33,8 +33,11 @@ class TrtllmOptions(Struct, frozen=True, kw_only=True):
 
     @property
     def publishes_events(self) -> bool:
-        cache = self.args["kv_cache_config"]
-        return bool(cache["event_buffer_max_size"] and cache.get("enable_block_reuse", True))
+        return bool(self.args["kv_cache_config"]["event_buffer_max_size"] and self.reuses_blocks)
+
+    @property
+    def reuses_blocks(self) -> bool:
+        return bool(self.args["kv_cache_config"].get("enable_block_reuse", True))
 
     @property
     def samples_in_torch(self) -> bool:

@@ -109,9 +109,9 @@ class VllmEngine(AsyncEngine):
             raise EngineError(f"lora_modules: vLLM does not load the adapter {name!r}: {one_line(error)}") from error
 
     def _follow_events(self, undo: contextlib.ExitStack) -> None:
-        """Until `undo` is carried out. Without a publisher there are none, and routers place by load alone."""
+        """Until `undo` is carried out. Without a publisher there are none, and routers guess."""
         config = self._llm.vllm_config.kv_events_config
-        if config is None or not config.enable_kv_cache_events or config.publisher != "zmq":
+        if config is None or not _publishes(config):
             return
         self._translator = Translator(self.info.model, self.info.block_size)
         subscriber = KvEventSubscriber(
@@ -274,8 +274,13 @@ def _info(llm: AsyncLLM, model: str) -> EngineInfo:
         max_context=config.max_model_len,
         vocab_size=config.get_vocab_size(),
         eos_token_ids=tuple(dict.fromkeys([*([] if primary is None else [primary]), *eos])),
+        announces_blocks=not cache.enable_prefix_caching or _publishes(llm.vllm_config.kv_events_config),
         roles=_roles(llm.vllm_config.kv_transfer_config),
     )
+
+
+def _publishes(events: KVEventsConfig | None) -> bool:
+    return events is not None and events.enable_kv_cache_events and events.publisher == "zmq"
 
 
 def _roles(transfer: KVTransferConfig | None) -> tuple[Role, ...]:
