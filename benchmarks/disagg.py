@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import _packages  # noqa: F401 - first
 import msgspec
 from _simulator.cluster import EngineOptions, make_workers
 from _simulator.figures import Limits, summary

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import _packages  # noqa: F401 - first
 import grpc
 import numpy as np
 import uvloop

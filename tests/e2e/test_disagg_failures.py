@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import router  # noqa: F401 - before benchmarks/router.py can be taken for it
 from kvstore.connect import connect
 from kvstore.embedded import EmbeddedRedis
 from kvstore.keys import Keys
